@@ -1,0 +1,31 @@
+"""A workbook on reinforcement fine-tuning of small language models: the code behind it.
+
+`import rlnb` loads nothing; `rlnb.models` and its kin are imported when they are first used.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+_MODULES = (
+    "datasets",
+    "evaluate",
+    "models",
+    "plots",
+    "pretrain",
+    "problems",
+    "recipes",
+    "rewards",
+    "runs",
+    "sampling",
+    "training",
+)
+
+
+def __getattr__(name):
+    if name in _MODULES:
+        return importlib.import_module(f"rlnb.{name}")
+    raise AttributeError(f"module 'rlnb' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_MODULES])

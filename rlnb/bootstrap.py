@@ -1,0 +1,186 @@
+"""Set-up with the standard library only: an environment, the packages, a stamp that says "done".
+
+    python -m rlnb setup                .venv with Unsloth (without on macOS: it has no torch there)
+    python -m rlnb setup --kind plain   .venv without Unsloth, with a TRL that trains on a CPU alone
+    python -m rlnb setup --kind gpu     .venv with vLLM and what else Unsloth uses on a CUDA
+                                        machine; untested on a GPU until tests/gpu has run on one
+    python -m rlnb setup --here         the same in the Python that runs this: conda, Colab
+
+The other commands call `ensure` first. This file, __init__.py and __main__.py keep to what an old
+Python can parse, so that it gets as far as the message about its version.
+"""
+
+from __future__ import annotations  # for Python 3.9, still the system's own on some machines
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHONS = ("3.11", "3.12", "3.13")
+STAMP = "rlnb-setup"  # in the environment's folder: its kind, then a fingerprint or UNFINISHED
+UNFINISHED = "unfinished"
+_PLAIN = (("-r", "requirements.txt"),)
+_UNSLOTH = (*_PLAIN, ("--no-deps", "-r", "requirements-unsloth.txt"))
+STEPS = {  # what each kind of environment asks of pip
+    "plain": _PLAIN,
+    "unsloth": _UNSLOTH,
+    "gpu": (*_UNSLOTH, ("-r", "requirements-gpu.txt")),
+}
+FILES = ("requirements.txt", "requirements-unsloth.txt", "requirements-gpu.txt", "pyproject.toml")
+
+
+def ensure(arguments: list[str]) -> None:
+    """Returns if this Python has the packages; else goes on as `python -m rlnb` in .venv.
+
+    arguments: of the command line, for the new process. Sets .venv up first where that is needed.
+    """
+    if not (ROOT / "requirements.txt").exists():
+        return  # installed from a wheel: pip has seen to the packages
+    if _complete(Path(sys.prefix), _version(sys.executable)) or any(map(_pinned_here, STEPS)):
+        return
+    become([str(setup(VENV)), "-m", "rlnb", *arguments])
+
+
+def become(command: list[str]) -> NoReturn:
+    """Ends this process and runs a command in its place, with rlnb on its path."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if os.name == "nt":  # where exec would hand the prompt back at once
+        sys.exit(subprocess.call(command, env=environment))
+    os.execve(command[0], command, environment)
+
+
+def setup(prefix: Path | None, kind: str | None = None) -> Path:
+    """Completes an environment and returns its interpreter; if nothing changed, in a moment.
+
+    prefix: the folder of a virtual environment, made if need be; None: the Python that runs this.
+    kind: a key of STEPS; None keeps the environment's own, "unsloth" for a new one.
+    What was interrupted or is of another kind starts from an empty folder, because pip takes a
+    half copied package for an installed one; what it has downloaded stays in its cache.
+    """
+    began = time.monotonic()
+    folder = prefix or Path(sys.prefix)
+    python = interpreter(prefix) if prefix else Path(sys.executable)
+    version = _version(python)
+    was, state = _read_stamp(folder)
+    kind = kind or was or "unsloth"
+    if was == kind and _complete(folder, version):
+        return python
+    afresh = version not in PYTHONS or state == UNFINISHED or was not in (None, kind)
+    base = _base_python() if prefix and afresh else None
+    if version not in PYTHONS and not base:
+        sys.exit(f"rlnb needs Python {PYTHONS[0]} to {PYTHONS[-1]}; {python} is {version}.")
+    print(f"Setting up {folder} ({kind}); this takes minutes the first time.", flush=True)
+    if kind == "unsloth" and shutil.which("nvidia-smi"):
+        print("For the GPU of this machine: python -m rlnb setup --kind gpu", flush=True)
+    if base:
+        subprocess.run([base, "-m", "venv", "--clear", str(prefix)], check=True)
+        version = _version(python)
+    (folder / STAMP).write_text(f"{kind} {UNFINISHED}")
+    for step in STEPS[kind]:
+        _pip_install(python, step, folder / "rlnb-setup.log")
+    (folder / STAMP).write_text(f"{kind} {_fingerprint(kind, version)}")
+    print(f"Ready after {time.monotonic() - began:.0f} s.", flush=True)
+    return python
+
+
+def interpreter(prefix: Path) -> Path:
+    """Where a virtual environment has its Python."""
+    return prefix / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def _version(python: Path | str) -> str | None:
+    """Asks an interpreter for its version, "3.11"; None if there is none or it does not run."""
+    if str(python) == sys.executable:
+        return f"{sys.version_info[0]}.{sys.version_info[1]}"
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    try:
+        done = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _base_python() -> str:
+    """A supported Python that can make virtual environments: this one, or one on the PATH."""
+    own = getattr(sys, "_base_executable", sys.executable)  # not .venv's, which is about to go
+    candidates = (own, *filter(None, (shutil.which(f"python{version}") for version in PYTHONS)))
+    python = next((p for p in candidates if _version(p) in PYTHONS), None)
+    if python is None:
+        sys.exit(
+            f"rlnb needs Python {PYTHONS[0]} to {PYTHONS[-1]}: this is {_version(sys.executable)} "
+            "and the PATH has none of those.\nInstall one, or: conda env create -f environment.yml"
+        )
+    if subprocess.run([python, "-c", "import ensurepip"], capture_output=True).returncode:
+        sys.exit(
+            f"{python} can't make virtual environments: it has no ensurepip.\n"
+            f"On Debian and Ubuntu: apt install python{_version(python)}-venv\n"
+            "Or use an environment of your own: python -m rlnb setup --here"
+        )
+    return python
+
+
+def _read_stamp(folder: Path) -> tuple[str | None, str | None]:
+    """Kind and state; (None, None) if the stamp is missing or cut off, so that pip looks again."""
+    try:
+        kind, state = (folder / STAMP).read_text().split()
+    except (OSError, ValueError):
+        return None, None
+    return (kind, state) if kind in STEPS else (None, None)
+
+
+def _complete(folder: Path, version: str | None) -> bool:
+    kind, state = _read_stamp(folder)
+    return kind is not None and state == _fingerprint(kind, version)
+
+
+def _fingerprint(kind: str, version: str | None) -> str:
+    digest = hashlib.sha256(f"{kind} {version}".encode())
+    for name in FILES:
+        digest.update((ROOT / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _pinned_here(kind: str) -> bool:
+    """Whether this Python has the versions of a kind of environment, whoever installed them."""
+    from importlib import metadata  # 30 ms, and seldom needed
+
+    pins = {}
+    for step in STEPS[kind]:  # the later file wins, as with pip
+        text = (ROOT / step[-1]).read_text(encoding="utf-8")
+        pins.update(re.findall(r"^([\w.-]+)==([\w.]+)", text, re.MULTILINE))
+    try:
+        return all(metadata.version(name).split("+")[0] == pin for name, pin in pins.items())
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _pip_install(python: Path, arguments: tuple[str, ...], log: Path) -> None:
+    """Runs pip. Its talk goes to the log; a terminal shows the latest line, a failure the last."""
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
+    tail = []
+    with log.open("a", encoding="utf-8") as file, subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+        errors="replace", env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    ) as process:  # fmt: skip
+        for line in process.stdout:
+            file.write(line)
+            tail = [*tail[-11:], line]
+            show_line(line.strip())
+    show_line("")
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}\nfailed. All of it: {log}. The end:\n\n{''.join(tail)}")
+
+
+def show_line(text: str) -> None:
+    """Replaces the terminal's last line; does nothing where the output is no terminal."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r\033[K{text[:width]}", end="", flush=True)

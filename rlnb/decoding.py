@@ -1,0 +1,206 @@
+"""The decoding loop on a CPU, where sampling is the slow part of everything. Called by `sampling`.
+
+It works with any causal LM of transformers and samples in the precision of the weights. What saves
+time, as tests/benchmarks/bench_sampling.py measures it: equal prompts are read once, rows that have
+ended leave the batch, prompts of like length go together, query heads that share a key-value head
+share its cache, and LoRA is merged into a copy of the weights.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+COMPACT = 7 / 8  # copying the cache pays once no more than this share of its rows is at work
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a decoder needs to know beside the model and the prompts; max_new_tokens in tokens."""
+
+    max_new_tokens: int
+    temperature: float  # 0 is greedy
+    top_p: float
+    seed: int
+    batch_size: int
+    ends: tuple[int, ...]  # tokens that end a completion
+    pad: int
+
+
+def decode(
+    view: Any, prompts: list[list[int]], s: Settings, done: Callable[[int], Any]
+) -> list[list[int]]:
+    """The ids of one completion for each prompt's. `view` is what `view()` returns; done(k) is told
+    whenever k more completions are there.
+    """
+    import torch
+
+    # All numbers are drawn at once, so that what a row gets does not depend on its batch.
+    generator = torch.Generator().manual_seed(s.seed)
+    chances = torch.rand(len(prompts), s.max_new_tokens, generator=generator)
+    completions = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
+    for start in range(0, len(order), s.batch_size):
+        rows = order[start : start + s.batch_size]
+        found = _decode_batch(view, [prompts[i] for i in rows], chances[rows], s, done)
+        for i, ids in zip(rows, found, strict=True):
+            completions[i] = ids
+    return completions
+
+
+def _decode_batch(
+    view: Any,
+    prompts: list[list[int]],
+    chances: "torch.Tensor",
+    s: Settings,
+    done: Callable[[int], Any],
+) -> list[list[int]]:
+    """chances: (rows, max_new_tokens), uniform in [0, 1)."""
+    import torch
+    from transformers import DynamicCache
+
+    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    ids, mask = left_pad(list(distinct), s.pad)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=view.config)
+
+    def forward(ids, mask, position):
+        return view(
+            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
+            use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]  # fmt: skip
+
+    prompt_of_row = torch.tensor([distinct[tuple(prompt)] for prompt in prompts])
+    logits = forward(ids, mask, position)[prompt_of_row]
+    cache.batch_select_indices(prompt_of_row)
+    mask, position = mask[prompt_of_row], position[prompt_of_row, -1:]
+    tokens, ends = torch.full(chances.shape, s.pad), torch.tensor(s.ends)
+    rows, at_work = torch.arange(len(prompts)), torch.ones(len(prompts), dtype=torch.bool)
+    for t in range(s.max_new_tokens):
+        token = pick(logits, chances[rows, t], s)
+        tokens[rows, t] = token
+        ended = at_work & torch.isin(token, ends)
+        at_work &= ~ended
+        if ended.any():
+            done(int(ended.sum()))
+        if t == s.max_new_tokens - 1 or not at_work.any():
+            break
+        if at_work.sum() <= COMPACT * len(rows):
+            cache.batch_select_indices(at_work)
+            rows, token, mask, position = (x[at_work] for x in (rows, token, mask, position))
+            at_work = at_work[at_work]
+        position = position + 1
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        logits = forward(token[:, None], mask, position)
+    done(int(at_work.sum()))
+    return [up_to_end(row, s.ends) for row in tokens.tolist()]
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> "tuple[torch.Tensor, torch.Tensor]":
+    """(rows, longest) ids and their attention mask."""
+    import torch
+
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def pick(logits: "torch.Tensor", chances: "torch.Tensor", s: Settings) -> "torch.Tensor":
+    """(rows, vocabulary) logits and (rows,) numbers, uniform in [0, 1) -> (rows,) token ids.
+
+    Inverts the cumulative distribution; torch.multinomial draws a number for each entry of the
+    vocabulary. top_p keeps the smallest set of tokens that reaches it (arXiv 1904.09751, 3.1).
+    Raises FloatingPointError if the logits are not finite.
+    """
+    import torch
+
+    logits = logits.float()
+    top, best = logits.max(-1)
+    if not top.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite: its training has diverged")
+    if s.temperature == 0:
+        return best
+    p = ((logits - top[:, None]) / s.temperature).softmax(-1)
+    if s.top_p < 1:
+        p, order = p.sort(-1, descending=True)
+        p = p.masked_fill(p.cumsum(-1) - p >= s.top_p, 0)
+    reached = p.cumsum(-1)
+    total = reached[:, -1:]
+    # Rounding must not take a point to the total: the token found there has no probability.
+    point = (chances[:, None] * total).minimum(total.nextafter(torch.zeros(())))
+    index = torch.searchsorted(reached, point, right=True)
+    return (order.gather(-1, index) if s.top_p < 1 else index)[:, 0]
+
+
+def up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """ids up to and including the first end token; all of them if there is none."""
+    return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
+
+
+def view(model: Any) -> Any:
+    """A copy of a model's modules that shares its weights, in eval mode and with LoRA merged.
+
+    Whatever happens to it, the model stays as it is, bit for bit: PEFT's own merge takes the
+    adapter out by subtraction, which rounds. Merged is float32 only: 16 bits lose small updates.
+    """
+    import torch
+
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    copied = copy.deepcopy(model, shared).eval()
+    vars(copied).pop("forward", None)  # accelerate puts the trainer's autocast there
+    for layer in lora_layers(copied):
+        base = layer.get_base_layer()
+        if layer.merged or layer.disable_adapters or base.weight.dtype != torch.float32:
+            continue
+        for name, parameter in list(base.named_parameters(recurse=False)):
+            setattr(base, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))
+        layer.merge()
+    inner = copied.get_base_model() if hasattr(copied, "get_base_model") else copied
+    if inner.config._attn_implementation == "sdpa":
+        inner.set_attn_implementation(_register_attention())
+    return copied
+
+
+def lora_layers(model: Any) -> list[Any]:
+    """The linear layers that have a LoRA adapter."""
+    if not hasattr(model, "peft_config"):
+        return []
+    from peft.tuners.lora import Linear
+
+    return [module for module in model.modules() if isinstance(module, Linear)]
+
+
+@functools.cache
+def _register_attention() -> str:
+    """An attention for transformers' models, under the name returned.
+
+    Grouped query heads share a key-value head (arXiv 2305.13245), and where there is padding "sdpa"
+    copies the whole cache for each of them at every token. With one new token per row the heads of
+    a group can be the queries of one attention instead.
+    """
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(module, query, key, value, attention_mask, scaling=None, **rest):
+        rows, heads, new, size = query.shape
+        if new > 1 or heads == key.shape[1] or rest.get("position_bias") is not None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, scaling=scaling, **rest
+            )
+        query = query.reshape(rows, key.shape[1], -1, size)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling
+        )
+        return out.reshape(rows, 1, heads, -1), None
+
+    AttentionInterface.register("rlnb", attention)
+    AttentionMaskInterface.register("rlnb", sdpa_mask)
+    return "rlnb"

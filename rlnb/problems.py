@@ -1,0 +1,306 @@
+"""The task: arithmetic word problems with a worked trace. The only file that knows it.
+
+A problem is a short story with numbers. Its solution is one equation a step and a final answer::
+
+    <reasoning>12 + 30 = 42; 42 - 5 = 37</reasoning><answer>37</answer>
+
+The stories themselves (twelve kinds of one to three steps, four deeper ones) are data: ``problems.toml``.
+"""
+
+import json
+import os
+import random
+import re
+import tomllib
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+DATA = Path(__file__).parent.parent / "data" / "problems"
+TEST_SPLITS = ("id", "templates", "larger", "deeper", "rule")
+SIZES = {"id": 1000, "templates": 500, "larger": 500, "deeper": 500, "rule": 500,
+         "validation": 500, "demonstrations": 256, "train": 3000}  # fmt: skip
+SYSTEM = (
+    "Solve the problem. Write one equation per step, separated by semicolons, and then the final number, "
+    "exactly like this: <reasoning>12 + 30 = 42; 42 - 5 = 37</reasoning><answer>37</answer>"
+)
+# Demonstrations are costly, so in this workbook somebody wrote them for half of the kinds only.
+DEMONSTRATED = ("gain", "loss", "groups", "gain_loss", "change", "two_buys")
+TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+MAX_CHARS = 20_000  # a longer completion is wrong by definition: nobody asked for it
+
+_TEXT = tomllib.loads((Path(__file__).parent / "problems.toml").read_text(encoding="utf-8"))
+KINDS = {kind["name"]: kind for kind in _TEXT["kind"]}
+ID_KINDS = tuple(name for name, kind in KINDS.items() if not kind.get("deep"))
+DEEP_KINDS = tuple(name for name, kind in KINDS.items() if kind.get("deep"))
+UNITS = _TEXT["units"]
+_OPS: dict[str, Callable[[int, int], int]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a // b if b and a % b == 0 else -1,  # -1: refused, like a negative count
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One word problem. ``numbers`` are the values in the story, ``trace`` the right equations."""
+
+    id: str
+    split: str
+    kind: str
+    question: str
+    answer: int
+    trace: tuple[str, ...]
+    numbers: dict[str, int]
+
+    @property
+    def steps(self) -> int:
+        return len(self.trace)
+
+    @property
+    def key(self) -> tuple:
+        """What makes two problems the same whatever the names and the wording."""
+        return (self.kind, *sorted(self.numbers.items()))
+
+
+def apply(op: str, left: int, right: int) -> int:
+    """The result of an equation; -1 for a division that leaves a remainder."""
+    return _OPS[op](left, right)
+
+
+# --- generate ------------------------------------------------------------------------------------
+
+
+def work(plan: Iterable[str], numbers: dict[str, int]) -> tuple[str, ...] | None:
+    """Carries out a plan like ("a + b", "s1 - c"); None where a result is not a positive integer."""
+    known, trace = dict(numbers), []
+    for step, rule in enumerate(plan, 1):
+        left, op, right = rule.split()
+        result = apply(op, known[left], known[right])
+        if result < 1:
+            return None
+        trace.append(f"{known[left]} {op} {known[right]} = {result}")
+        known[f"s{step}"] = result
+    return tuple(trace)
+
+
+def careless(problem: Problem) -> tuple[str, ...]:
+    """The trace of somebody in a hurry, in the way that is usual for this kind of problem.
+
+    Falls back to a forgotten carry (the last result is off by ten) where the wrong plan does not
+    work out or happens to be right.
+    """
+    habit = KINDS[problem.kind]["careless"]
+    trace = None if habit == "slip" else work(habit, problem.numbers)
+    if trace and int(trace[-1].split()[-1]) != problem.answer:
+        return trace
+    head, _, _ = problem.trace[-1].rpartition(" ")
+    wrong = problem.answer - 10 if problem.answer > 10 else problem.answer + 10
+    return (*problem.trace[:-1], f"{head} {wrong}")
+
+
+def _tell(template: str, words: dict[str, object], rng: random.Random) -> str:
+    text = re.sub(r"\[([^]]*)\]", lambda m: rng.choice(m[1].split("|")), template)
+    return text.format_map(words)
+
+
+def _words(new: bool, rng: random.Random) -> dict[str, object]:
+    pool = "_new" if new else ""
+    (name, he), (other, _) = (p.split(":") for p in rng.sample(_TEXT["people" + pool].split(), 2))
+    things, others = rng.sample(_TEXT["things" + pool].split(), 2)
+    his = "her" if he == "she" else "his"
+    return dict(Name=name, Other=other, he=he, He=he.title(), his=his, things=things, others=others)
+
+
+def _other_unit(spec: dict, usual: int, rng: random.Random) -> int:
+    low, high = spec["rule_unit"]
+    return rng.choice([size for size in range(low, high + 1) if size != usual])
+
+
+def draw(kind: str, rng: random.Random, *, larger=False, new=False, rule: bool = False) -> Problem:
+    """One problem of a kind. ``larger`` numbers, ``new`` names and wording, a changed unit ``rule``."""
+    spec = KINDS[kind]
+    ranges = spec["larger"] if larger and "larger" in spec else spec["id"]
+    unit = UNITS.get(spec.get("unit"))
+    while True:
+        numbers = {name: rng.randint(low, high) for name, (low, high) in ranges.items()}
+        if unit:
+            numbers["U"] = _other_unit(spec, unit, rng) if rule else unit
+        trace = work(spec["plan"], numbers)
+        if trace:
+            break
+    words = {**_words(new, rng), **numbers}
+    parts = [_tell(rng.choice(spec["new" if new and "new" in spec else "templates"]), words, rng)]
+    if rng.random() < 0.15:
+        parts.insert(0, _tell(rng.choice(_TEXT["fillers_new" if new else "fillers"]), words, rng))
+    if rule:
+        parts.insert(0, _tell(spec["rule"], words, rng))
+    answer = int(trace[-1].split()[-1])
+    return Problem("", "", kind, " ".join(parts), answer, trace, numbers)
+
+
+def generate(
+    split: str,
+    n: int,
+    seed: int = 0,
+    kinds: Iterable[str] | None = None,
+    exclude: Collection[tuple] = (),
+) -> list[Problem]:
+    """n different problems of a split, the kinds in turn. ``exclude`` holds keys that must not come.
+
+    Raises ValueError for an unknown split or kind, or when a kind has no n different problems.
+    """
+    if split not in SIZES:
+        raise ValueError(f"split is {split!r}; the splits are {', '.join(SIZES)}.")
+    default = DEEP_KINDS if split == "deeper" else ID_KINDS
+    default = tuple(k for k in default if "rule" in KINDS[k]) if split == "rule" else default
+    kinds = tuple(kinds or (DEMONSTRATED if split == "demonstrations" else default))
+    if unknown := set(kinds) - set(KINDS):
+        raise ValueError(f"no kind of problem {sorted(unknown)}; there are {', '.join(KINDS)}.")
+    rng, seen, found = random.Random(f"{split}-{seed}"), set(exclude), []
+    options = dict(larger=split == "larger", new=split == "templates", rule=split == "rule")
+    for tries in range(200 * n + 1000):
+        if len(found) == n:
+            return found
+        problem = draw(kinds[len(found) % len(kinds)], rng, **options)
+        if problem.key not in seen:
+            seen.add(problem.key)
+            fields = {**vars(problem), "id": f"{split}-{len(found):04d}", "split": split}
+            found.append(Problem(**fields))
+    raise ValueError(f"only {len(found)} of {n} different problems found in {tries} tries: ask for fewer.")
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def write_data(folder: Path = DATA) -> None:
+    """Writes every split as JSONL, test splits first, so that nothing later repeats a test problem."""
+    folder.mkdir(parents=True, exist_ok=True)
+    seen: set[tuple] = set()
+    for split, size in SIZES.items():
+        rows = generate(split, size, exclude=seen)
+        seen.update(problem.key for problem in rows)
+        text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+        partial = folder / f".{split}.jsonl.tmp"
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(partial, folder / f"{split}.jsonl")
+
+
+def load(split: str, path: Path | None = None) -> list[Problem]:
+    """The problems of a split from data/problems, or from a JSONL file of the same fields."""
+    path = Path(path) if path else DATA / f"{split}.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"no split {split!r} at {path}; there are {', '.join(SIZES)}.")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.append(Problem(**{**row, "trace": tuple(row["trace"]), "answer": int(row["answer"])}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path.name}, line {number}: {error} in {line[:80]!r}") from error
+    return rows
+
+
+# --- render --------------------------------------------------------------------------------------
+
+
+def render(trace: Iterable[str], answer: int) -> str:
+    """A trace and an answer in the strict format."""
+    return f"<reasoning>{'; '.join(trace)}</reasoning><answer>{answer}</answer>"
+
+
+def solution(problem: Problem) -> str:
+    """The gold completion: the right trace and answer in the strict format."""
+    return render(problem.trace, problem.answer)
+
+
+def prompt(problem: Problem, system: str | None = None) -> list[dict[str, str]]:
+    """The problem as chat messages, behind a system message if there is one."""
+    head = [{"role": "system", "content": system}] if system else []
+    return [*head, {"role": "user", "content": problem.question}]
+
+
+# --- parse and grade -----------------------------------------------------------------------------
+
+# ASCII digits only, bounded repetition, no nested quantifiers: linear time on any text.
+_NUMBER = re.compile(r"(?<![0-9.,])-?(?:[0-9]{1,3}(?:,[0-9]{3}){1,3}|[0-9]{1,12})(?:\.0{1,6})?(?![0-9]|[.,][0-9])")
+_EQUATION = re.compile(r"(?<![0-9.,])([0-9]{1,9}) ?([-+*/]) ?([0-9]{1,9}) ?= ?([0-9]{1,9})(?![0-9]|[.,][0-9])")
+_CANONICAL = re.compile(r"-?(?:0|[1-9][0-9]{0,11})")
+
+
+@dataclass(frozen=True)
+class Grade:
+    """How a completion did. ``strict`` (format, answer and trace) is what the workbook reports."""
+
+    format: bool  # exactly the two blocks, a canonical integer in the second
+    answer: int | None  # the answer given, in whatever style; None if there is none or there are two
+    correct: bool  # the answer is right, in whatever style
+    trace: bool  # the equations are true, use known numbers only and end in the answer given
+    strict: bool
+
+
+def _strict_parts(text: str) -> tuple[str, int] | None:
+    """(reasoning, answer) if the text is in the strict format to the letter, else None."""
+    if any(text.count(tag) != 1 for tag in TAGS):
+        return None
+    before, _, rest = text.partition("<reasoning>")
+    reasoning, _, rest = rest.partition("</reasoning>")
+    between, _, rest = rest.partition("<answer>")
+    answer, closed, after = rest.partition("</answer>")
+    if not closed or (before + between + after).strip() or not reasoning.strip():
+        return None
+    answer = answer.strip()
+    return (reasoning, int(answer)) if _CANONICAL.fullmatch(answer) else None
+
+
+def parse_answer(text: str) -> int | None:
+    """The answer in whatever style: what the answer tags hold, else the last number of the text.
+
+    "1,000" and "7.0" count as 1000 and 7 here (never in the strict format). Two different tagged
+    answers are no answer: hedging must not pay.
+    """
+    pieces = [piece.partition("</answer>")[0] for piece in text.split("<answer>")[1:]]
+    found = {_last_number(piece, only=True) for piece in pieces} if pieces else {_last_number(text)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _last_number(text: str, only: bool = False) -> int | None:
+    matches = _NUMBER.findall(text)
+    if not matches or (only and len(matches) > 1):
+        return None
+    return int(matches[-1].partition(".")[0].replace(",", ""))
+
+
+def check_trace(reasoning: str, question: str, answer: int | None) -> bool:
+    """True if the reasoning holds equations, all true, that use only numbers from the question, sizes
+    of its units (a dozen, a week) or earlier results, and that end in the answer given.
+    """
+    known = {int(number) for number in re.findall(r"[0-9]{1,9}", question)}
+    known |= {size for unit, size in UNITS.items() if unit in question}
+    result = None
+    for left, op, right, result in _EQUATION.findall(reasoning):
+        left, right, result = int(left), int(right), int(result)
+        if not {left, right} <= known or apply(op, left, right) != result:
+            return False
+        known.add(result)
+    return result is not None and result == answer
+
+
+def grade(completion: str, question: str, answer: int) -> Grade:
+    """Grades one completion against the question and its right answer, in linear time."""
+    if not isinstance(completion, str):
+        raise TypeError(f"a completion is a str, not {type(completion).__name__}: {completion!r:.80}")
+    if len(completion) > MAX_CHARS:
+        return Grade(False, None, False, False, False)
+    return _grade(completion, question, answer)
+
+
+@lru_cache(maxsize=8192)  # several reward functions look at the same completion
+def _grade(completion: str, question: str, answer: int) -> Grade:
+    parts = _strict_parts(completion)
+    given = parts[1] if parts else parse_answer(completion)
+    trace = check_trace(parts[0] if parts else completion, question, given)
+    correct = given is not None and given == answer
+    return Grade(parts is not None, given, correct, trace, parts is not None and correct and trace)

@@ -1,0 +1,178 @@
+"""Settings of every method, one frozen dataclass each, in three profiles.
+
+A profile changes sizes and the model, never the code that a reader sees:
+``cpu`` (the practice model in minutes on two cores), ``gpu`` (a real small model), ``smoke`` (seconds, for CI).
+Everything that matters is passed to TRL by name, because Unsloth rewrites TRL's defaults on a GPU and
+not on a CPU.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+from rlnb import problems
+
+PROFILES = ("cpu", "gpu", "smoke")
+
+
+@cache
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def profile() -> str:
+    """$RLNB_PROFILE, else "gpu" where there is a CUDA device, else "cpu"."""
+    name = os.environ.get("RLNB_PROFILE") or ("gpu" if _has_cuda() else "cpu")
+    if name not in PROFILES:
+        raise ValueError(f"RLNB_PROFILE is {name!r}; the profiles are {', '.join(PROFILES)}.")
+    return name
+
+
+def model_name(name: str | None = None) -> str:
+    """$RLNB_MODEL, else the practice model, or on the gpu profile a real small one from the hub."""
+    default = "Qwen/Qwen2.5-0.5B-Instruct" if (name or profile()) == "gpu" else "abacus-3m"
+    return os.environ.get("RLNB_MODEL") or default
+
+
+def system(name: str | None = None) -> str | None:
+    """The instruction that a real model gets. The practice model has never seen one and gets none."""
+    return None if model_name(name) == "abacus-3m" else problems.SYSTEM
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all methods share. Sizes: ``batch`` in sequences per optimizer step, tokens otherwise."""
+
+    method: ClassVar[str] = ""
+    rank: int = 16
+    alpha: int = 32
+    learning_rate: float = 1e-3
+    steps: int = 10
+    batch: int = 16
+    accumulate: int = 1  # the batch is cut into this many pieces to save memory
+    max_new_tokens: int = 64  # a five-step solution of the practice model has some 55
+    test_problems: int = 500  # held-out problems for the figure that the notebook reports
+
+    def trl(self, folder: str | Path, seed: int) -> dict:
+        """Arguments for TRL's config class. Constant rate, no decay of weights, no checkpoint wall."""
+        cuda = _has_cuda()
+        bf16 = not cuda or _cuda_bf16()
+        return dict(
+            output_dir=str(folder),
+            seed=seed,
+            learning_rate=self.learning_rate,
+            max_steps=self.steps,
+            per_device_train_batch_size=self.batch // self.accumulate,
+            gradient_accumulation_steps=self.accumulate,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=min(5, self.steps // 4),
+            optim="adamw_torch",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            bf16=bf16,
+            fp16=not bf16,  # a T4 has no bf16
+            use_cpu=not cuda,
+            gradient_checkpointing=cuda and model_name() != "abacus-3m",
+            dataloader_pin_memory=cuda,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=False,
+        )
+
+
+def _cuda_bf16() -> bool:
+    import torch
+
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@dataclass(frozen=True)
+class SFT(Recipe):
+    """Supervised fine-tuning on demonstrations."""
+
+    method: ClassVar[str] = "sft"
+    learning_rate: float = 2e-3
+    steps: int = 24
+    batch: int = 16
+    demonstrations: int = 128
+
+    def trl(self, folder: str | Path, seed: int) -> dict:
+        return super().trl(folder, seed) | dict(
+            max_length=None, packing=False, completion_only_loss=True, loss_type="nll"
+        )
+
+
+@dataclass(frozen=True)
+class GRPO(Recipe):
+    """Group relative policy optimization (arXiv 2402.03300)."""
+
+    method: ClassVar[str] = "grpo"
+    learning_rate: float = 1e-3
+    steps: int = 80
+    batch: int = 64  # completions per step = prompts x group
+    group: int = 8  # completions per prompt (num_generations)
+    temperature: float = 1.0
+    beta: float = 0.0  # weight of the KL term; 0 needs no reference
+    format_weight: float = 0.2
+
+    def trl(self, folder: str | Path, seed: int) -> dict:
+        if self.batch % self.group:
+            raise ValueError(
+                f"batch={self.batch} completions per step cannot be cut into groups of {self.group}: "
+                f"make batch a multiple of group, e.g. {self.group * max(1, self.batch // self.group)}."
+            )
+        return super().trl(folder, seed) | dict(
+            num_generations=self.group,
+            generation_batch_size=self.batch,
+            max_completion_length=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=1.0,
+            top_k=0,
+            beta=self.beta,
+            num_iterations=1,
+            epsilon=0.2,
+            loss_type="dapo",
+            scale_rewards="group",
+            mask_truncated_completions=False,
+            log_completions=False,
+        )
+
+
+_GPU = dict(rank=32, alpha=32, max_new_tokens=256, test_problems=500)
+_SMOKE = dict(steps=2, batch=16, test_problems=16, max_new_tokens=32)
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "sft": {
+        "cpu": SFT(),
+        "gpu": SFT(**_GPU, learning_rate=2e-4, steps=32, batch=16, demonstrations=256),
+        "smoke": SFT(**_SMOKE, demonstrations=16),
+    },
+    # From the base the format has to be found first: more steps.
+    "grpo_from_base": {
+        "cpu": GRPO(steps=100),
+        "gpu": GRPO(**_GPU, learning_rate=2e-5, steps=200, batch=64, accumulate=4),
+        "smoke": GRPO(**_SMOKE, group=4),
+    },
+    "grpo": {
+        "cpu": GRPO(),
+        "gpu": GRPO(**_GPU, learning_rate=2e-5, steps=150, batch=64, accumulate=4),
+        "smoke": GRPO(**_SMOKE, group=4),
+    },
+}
+
+
+def recipe(method: str, name: str | None = None, **changes) -> Recipe:
+    """The settings of a method in a profile, with some of them changed.
+
+    Raises ValueError for an unknown method and TypeError for an unknown setting, listing those there are.
+    """
+    if method not in RECIPES:
+        raise ValueError(f"no recipe for {method!r}; there are {', '.join(RECIPES)}.")
+    base = RECIPES[method][name or profile()]
+    if unknown := set(changes) - set(vars(base)):
+        raise TypeError(f"{method} has no setting {sorted(unknown)}; it has {', '.join(vars(base))}.")
+    return replace(base, **changes)

@@ -1,0 +1,469 @@
+"""The registry of runs: one folder per run, under $RLNB_RUNS or `runs/` of the repository.
+
+    runs/20261120-125239-grpo/
+        run.json       what was asked for, on what machine, how it ended, what it cost, the result
+        curve.jsonl    one line per log: step, seconds since the start, and the numbers logged
+        adapter/       the LoRA adapter, if the run saved one
+
+`run.json` is replaced whole, so a reader sees the old one or the new one. JSON has no NaN and no
+infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", which `float` takes.
+"""
+
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from rlnb import __version__
+
+SCHEMA = 1  # of run.json; a reader skips what it does not know
+PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "datasets",
+            "accelerate", "vllm")  # fmt: skip
+COLUMNS = ("id", "method", "model", "status", "seed", "labels", "seconds", "train_seconds",
+           "peak_memory_mb")  # fmt: skip
+_SECRET = re.compile(r"(hub_token|api_key|password|secret)$")
+
+
+@dataclass(eq=False, repr=False)
+class Run:
+    """One run, live or read from disk. Every field but `folder` is in run.json.
+
+    `status` is running, done, failed or interrupted, and lost for a run whose process died. Memory
+    is the peak of the process in MB (2**20 bytes): since the run started on Linux, since the
+    process started elsewhere.
+    """
+
+    id: str
+    folder: Path
+    method: str
+    started: str  # UTC, ISO 8601
+    status: str = "running"
+    error: str | None = None
+    model: str | None = None
+    parent: str | None = None  # the run whose adapter this one started from
+    notebook: str | None = None
+    profile: str | None = None
+    seed: int | None = None
+    labels: int = 0  # preference labels or demonstrations used
+    config: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    timers: dict[str, float] = field(default_factory=dict)  # seconds, by name
+    peak_memory_mb: float | None = None
+    peak_gpu_memory_mb: float | None = None  # of torch's allocator
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    process: dict[str, Any] = field(default_factory=dict)
+
+    _began = None  # time.perf_counter() at the start; no field, as only `start` knows it
+
+    def __repr__(self) -> str:
+        cost = "" if self.seconds is None else f", {self.seconds:.1f} s"
+        return f"<Run {self.id}: {self.status}{cost}>"
+
+    @property
+    def adapter(self) -> Path:
+        """Where the run's adapter belongs; look with `.is_dir()` whether there is one."""
+        return self.folder / "adapter"
+
+    @property
+    def train_seconds(self) -> float | None:
+        """What `timer("train")` measured, None if it was not used."""
+        return self.timers.get("train")
+
+    def get(self, key: str) -> Any:
+        """A field, or else a value of `config`, or else of `result`; None if there is none.
+
+        Dots go down: `get("lora.rank")`, `get("result.strict")`.
+        """
+        head, *rest = key.split(".")
+        own = {**vars(self), "train_seconds": self.train_seconds}
+        places = (own, self.config, self.result)
+        value = next((place[head] for place in places if head in place), None)
+        for part in rest:
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
+
+    def log(self, step: int | None = None, **values: float) -> None:
+        """Appends one line of numbers to the curve, at once. TypeError for a value that is none."""
+        for name, value in values.items():
+            if _number(value) is None:
+                raise TypeError(f"log: {name}={value!r} is no number; results go to finish().")
+        self._append(step, values)
+
+    def finish(self, **result: Any) -> None:
+        """Adds to the result and writes it; may be called again, and after the run has ended."""
+        self.result |= jsonable(result)
+        self._save()
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Adds the seconds spent inside to `timers[name]`, also when the inside raises."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = self.timers.get(name, 0.0) + time.perf_counter() - began
+            self.timers[name] = round(spent, 3)
+            self._save()
+
+    def callback(self):
+        """A transformers TrainerCallback that puts the numbers of each log into the curve."""
+        from transformers import TrainerCallback
+
+        run = self
+
+        class Curve(TrainerCallback):
+            def on_log(self, args, state, control, logs=None, **kwargs):
+                if state.is_world_process_zero:
+                    run._append(state.global_step, logs or {})
+
+        return Curve()
+
+    def curve(self) -> list[dict[str, float]]:
+        """The lines of curve.jsonl as dicts of numbers; lines cut off by a crash are left out."""
+        path = self.folder / "curve.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        rows, broken = [], []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                rows.append({k: float(v) if isinstance(v, str) else v for k, v in row.items()})
+            except (AttributeError, ValueError):
+                broken.append(number)
+        if broken:
+            warnings.warn(f"{path}: skipped broken line(s) {broken}", stacklevel=2)
+        return rows
+
+    def _append(self, step: int | None, values: Mapping[str, Any]) -> None:
+        row = {"step": step} if step is not None else {}
+        if self._began is not None:
+            row["seconds"] = round(time.perf_counter() - self._began, 3)
+        row |= {k: number for k, v in values.items() if (number := _number(v)) is not None}
+        with (self.folder / "curve.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
+
+    def _close(self, status: str, error: BaseException | None = None) -> None:
+        self._measure()
+        self.status = status
+        self.error = f"{type(error).__name__}: {error}"[:2000] if error else None
+        self._save()
+
+    def _measure(self) -> None:
+        if self.status == "running" and self._began is not None:
+            self.seconds = round(time.perf_counter() - self._began, 3)
+            self.peak_memory_mb = _peak_memory_mb()
+            self.peak_gpu_memory_mb, self.machine["gpu"] = _gpu()
+
+    def _save(self) -> None:
+        self._measure()
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "folder"}
+        text = json.dumps({"schema": SCHEMA, **jsonable(data)}, indent=1, allow_nan=False)
+        partial = self.folder / f".run.json.{os.getpid()}"
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave an empty file under the new name
+        partial.replace(self.folder / "run.json")
+
+
+# --- start and find ------------------------------------------------------------------------------
+
+
+def root() -> Path:
+    """$RLNB_RUNS, or `runs` in the repository, or in the working folder if rlnb is installed."""
+    if given := os.environ.get("RLNB_RUNS"):
+        return Path(given)
+    repository = Path(__file__).resolve().parents[1]
+    return (repository if (repository / "pyproject.toml").is_file() else Path.cwd()) / "runs"
+
+
+@contextmanager
+def start(
+    method: str,
+    *,
+    model: str | None = None,
+    config: Any = None,
+    seed: int | None = None,
+    labels: int = 0,
+    parent: Run | str | None = None,
+    notebook: str | None = None,
+    profile: str | None = None,
+) -> Iterator[Run]:
+    """Registers a run, times it, and records how it ended.
+
+    Leaving the block marks the run done; an exception marks it failed and Ctrl-C interrupted, and
+    both go on. `config` is a mapping or a dataclass. `notebook` is $RLNB_NOTEBOOK by default,
+    `profile` the one in force. Raises ValueError for a method that makes no folder name, TypeError
+    for a config of another type. Of several processes of one training, only the first starts a run.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", method):
+        raise ValueError(f"method is {method!r}: use letters, digits, '-' and '_' only.")
+    settings = jsonable({} if config is None else config)
+    if not isinstance(settings, dict):
+        raise TypeError(f"config is {config!r:.80}: give a mapping or a dataclass.")
+    from rlnb import recipes  # here, so that looking at runs stays light
+
+    run = _create(
+        method=method,
+        model=model if model is None else str(model),
+        config=settings,
+        seed=seed,
+        labels=labels,
+        parent=parent.id if isinstance(parent, Run) else parent,
+        notebook=notebook or os.environ.get("RLNB_NOTEBOOK"),
+        profile=profile or recipes.profile(),
+    )
+    try:
+        yield run
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        run._close("interrupted" if stopped else "failed", error)
+        raise
+    run._close("done")
+
+
+def _create(method: str, **asked: Any) -> Run:
+    """A new run whose folder appears under its name with run.json in it: readers never see half."""
+    now = datetime.now(UTC)
+    name = f"{now:%Y%m%d-%H%M%S}-{method}"
+    folder = root() / f".{name}.{os.urandom(4).hex()}"
+    folder.mkdir(parents=True)
+    run = Run(name, folder, method, now.isoformat(), **asked)
+    run.versions, run.process = _versions(), _process()
+    run.machine = {"platform": platform.platform(), "cpus": os.cpu_count()}
+    _reset_peak_memory()
+    run._began = time.perf_counter()
+    for number in itertools.count(2):
+        run._save()
+        try:
+            run.folder = folder.rename(root() / run.id)
+            break
+        except OSError:  # another run has that name
+            if not (root() / run.id).exists():
+                raise
+            run.id = f"{name}-{number}"
+    return run
+
+
+def all() -> list[Run]:
+    """Every run, newest first. What is no run is skipped, with one warning for all."""
+    found, skipped = [], []
+    for folder in root().iterdir() if root().is_dir() else ():
+        if folder.is_dir() and not folder.name.startswith("."):
+            try:
+                found.append(_read(folder))
+            except (OSError, TypeError, ValueError) as error:
+                skipped.append(f"{folder.name} ({error})")
+    if skipped:
+        warnings.warn(f"{root()}: skipped what is no run: {'; '.join(skipped)}", stacklevel=2)
+    return sorted(found, key=lambda run: (run.started, run.id), reverse=True)
+
+
+def load(id: str) -> Run:
+    """The run of that id. Raises FileNotFoundError with the newest ids if there is none."""
+    if not (root() / id / "run.json").is_file():
+        newest = ", ".join(run.id for run in all()[:3]) or "none yet"
+        raise FileNotFoundError(f"no run {id!r} in {root()}; the newest are: {newest}.")
+    return _read(root() / id)
+
+
+def find(**filters: Any) -> list[Run]:
+    """The runs whose fields, config or result have these values (see `Run.get`), newest first."""
+    wanted = jsonable(filters)
+    return [run for run in all() if wanted == {key: run.get(key) for key in wanted}]
+
+
+def latest(*, status: str | None = "done", **filters: Any) -> Run | None:
+    """The newest run that is done (or has that status; None: any) and fits, None if none does."""
+    filters |= {} if status is None else {"status": status}
+    return next(iter(find(**filters)), None)
+
+
+def _read(folder: Path) -> Run:
+    path = folder / "run.json"
+    if not path.is_file():
+        raise ValueError("no run.json")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ValueError(f"run.json is not of schema {SCHEMA}")
+    known = {f.name: data[f.name] for f in fields(Run) if f.name in data}
+    run = Run(**{**known, "id": folder.name, "folder": folder})
+    if run.status == "running" and not _alive(run.process):
+        run.status = "lost"
+    return run
+
+
+class Table(list):
+    """A list of dicts, one per run, that shows itself as a table in text and in a notebook."""
+
+    def _cells(self) -> list[list[str]]:
+        return [[_cell(value) for value in row.values()] for row in self]
+
+    def __str__(self) -> str:
+        if not self:
+            return "no runs"
+        lines = [list(self[0]), *self._cells()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
+        return "\n".join("  ".join(line).rstrip() for line in padded)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        def line(tag: str, cells: Iterable[str]) -> str:
+            return "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+        if not self:
+            return "<p>no runs</p>"
+        body = "".join(line("td", cells) for cells in self._cells())
+        return f"<table><thead>{line('th', self[0])}</thead><tbody>{body}</tbody></table>"
+
+
+def table(runs: Iterable[Run] | None = None, columns: Iterable[str] | None = None) -> Table:
+    """The runs (default: all) as rows of `columns`: names for `Run.get`.
+
+    By default what they are and cost, and every result that is a value or a proportion; columns
+    without any value are left out.
+    """
+    runs = all() if runs is None else list(runs)
+    if columns is None:
+        flat = [k for run in runs for k, v in run.result.items() if _flat(v)]
+        results = dict.fromkeys(f"result.{key}" for key in flat)
+        columns = [c for c in (*COLUMNS, *results) if any(run.get(c) is not None for run in runs)]
+    columns = list(columns)
+    return Table({name: run.get(name) for name in columns} for run in runs)
+
+
+def _flat(value: Any) -> bool:
+    return _is_proportion(value) or not isinstance(value, Mapping | list)
+
+
+def _is_proportion(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) == {"k", "n"} and value["n"] > 0
+
+
+def _cell(value: Any) -> str:
+    if _is_proportion(value):
+        return f"{100 * value['k'] / value['n']:.1f} % of {value['n']}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+# --- values and the machine ----------------------------------------------------------------------
+
+
+def jsonable(value: Any) -> Any:
+    """A value as JSON can hold it.
+
+    Dataclasses and mappings become dicts, sets sorted lists, functions and classes their names,
+    enums their values, NaN and infinities strings, and the rest (paths, dtypes) text. Mappings
+    lose what looks like a credential.
+    """
+    if isinstance(value, Enum):
+        return jsonable(value.value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        names = {math.inf: "Infinity", -math.inf: "-Infinity"}
+        return float(value) if math.isfinite(value) else names.get(value, "NaN")
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): "<hidden>" if v and _SECRET.search(str(k)) else jsonable(v)
+                for k, v in value.items()}  # fmt: skip
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=str)
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if (number := _number(value)) is not None:
+        return jsonable(number)
+    return getattr(value, "__name__", None) or str(value)[:200]
+
+
+def _number(value: Any) -> float | int | None:
+    """A Python number for a number, a numpy scalar or a tensor of one element, else None."""
+    if hasattr(value, "item"):
+        with suppress(RuntimeError, ValueError):
+            value = value.item()
+    return value if isinstance(value, int | float) else None
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "rlnb": __version__}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": platform.node(), "born": _born(os.getpid())}
+
+
+def _alive(process: Mapping[str, Any]) -> bool:
+    """Whether a run's process still lives; a process of another machine gets the benefit."""
+    if process.get("host") != platform.node():
+        return True
+    return process.get("born") is not None and _born(process["pid"]) == process["born"]
+
+
+def _born(pid: int) -> str | None:
+    """When a process started, which tells it from a later one of the same number; None if dead."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if boot.is_file():  # Linux: ticks since a named boot, so a changed clock does not matter
+        with suppress(OSError):
+            state, *stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            return None if state in "ZX" else f"{boot.read_text().strip()}:{stat[18]}"
+        return None
+    import psutil
+
+    with suppress(psutil.Error):
+        return f"{psutil.Process(pid).create_time():.0f}"
+    return None
+
+
+def _peak_memory_mb() -> float:
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return round(psutil.Process().memory_info().peak_wset / 2**20, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)  # bytes there, else KiB
+
+
+def _gpu() -> tuple[float | None, str | None]:
+    """(peak MB of torch's allocator, name of the GPU), without importing torch or waking CUDA.
+
+    Untested on a GPU until tests/gpu has run on one.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None, None
+    return round(torch.cuda.max_memory_allocated() / 2**20, 1), torch.cuda.get_device_name()
+
+
+def _reset_peak_memory() -> None:
+    with suppress(OSError):  # Linux only: lets a second run in one kernel have a peak of its own
+        Path("/proc/self/clear_refs").write_text("5")
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,48 @@
+"""Do the notebooks teach the model? Read from the runs that the notebooks have just made at full size.
+
+`python -m rlnb test learning` executes every notebook in the cpu profile into an empty registry and then
+runs this file on it. One seed, so the margins are wider than the figures of tests/benchmarks/learning.py,
+and still a broken method falls through.
+"""
+
+import pytest
+
+from rlnb import runs
+
+
+def strict(report: dict) -> float:
+    """Greedy strict accuracy in percent."""
+    return 100 * report["strict"]["k"] / report["strict"]["n"]
+
+
+def only_run(method: str, notebook: str, with_parent: bool | None = None) -> runs.Run:
+    """The first finished run of a method in a notebook."""
+    found = [
+        run
+        for run in runs.find(method=method, notebook=notebook, status="done")
+        if with_parent is None or bool(run.parent) == with_parent
+    ]
+    if not found:
+        pytest.fail(f"no finished {method} run of {notebook}: has the notebook been executed?")
+    return found[-1]  # newest first, so this is the first one made
+
+
+def test_sft_learns_what_it_is_shown():
+    run = only_run("sft", "02_sft")
+    base, after = run.result["start"], run.result
+    assert base["strict"]["n"] >= 500
+    assert strict(base) < 5
+    assert strict(after) > strict(base) + 20
+    assert 35 < strict(after) < 80  # room is left for the other methods
+
+
+def test_grpo_goes_beyond_sft():
+    run = only_run("grpo", "08_grpo", with_parent=True)
+    assert run.result["strict"]["n"] >= 500
+    assert strict(run.result) > strict(run.result["start"]) + 10
+
+
+def test_grpo_learns_without_demonstrations():
+    run = only_run("grpo", "08_grpo", with_parent=False)
+    assert strict(run.result["start"]) < 5
+    assert strict(run.result) > strict(run.result["start"]) + 40

@@ -1,0 +1,135 @@
+"""The executor, on notebooks written here and kernels that really run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from textwrap import indent
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from rlnb import execute
+from rlnb.bootstrap import ROOT
+
+
+def write(folder: Path, name: str, *sources: str) -> Path:
+    """A notebook of code cells under a title."""
+    cells = [new_markdown_cell(f"# {name}"), *map(new_code_cell, sources)]
+    nbformat.write(new_notebook(cells=cells), folder / f"{name}.ipynb")
+    return folder / f"{name}.ipynb"
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("RLNB_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "html"
+
+
+def test_a_notebook_runs_here_and_is_written_back_clean(tmp_path, out, capsys, monkeypatch):
+    path = write(
+        tmp_path,
+        "lesson",
+        "import os, sys, rlnb\n"
+        "print(rlnb.__file__); print(sys.executable == os.environ['PARENT']); print(os.getcwd())",
+        "from rlnb import runs\n"
+        "with runs.start('sft') as run:\n    run.finish(strict={'k': 1, 'n': 3})\n"
+        "print(run.notebook, file=sys.stderr)",
+        "import ipywidgets\nipywidgets.IntSlider(3)",
+    )
+    monkeypatch.setenv("PARENT", sys.executable)
+    assert execute.main([str(path)], out=out, write=True) == 0
+    printed = capsys.readouterr().out
+    assert "lesson: " in printed and (out / "lesson.html").as_uri() in printed
+    assert "sft 33.3 %" in printed
+    assert "(a widget, alive in JupyterLab)" in (out / "lesson.html").read_text()
+
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = notebook.cells[1:]
+    assert [cell.execution_count for cell in code] == [1, 2, 3]
+    assert code[0].outputs[0].text == f"rlnb/__init__.py\nTrue\n{tmp_path}\n"
+    assert code[1].outputs == []
+    assert notebook.metadata == {
+        "kernelspec": execute.KERNELSPEC,
+        "language_info": {"name": "python"},
+    }
+    first = path.read_text()
+    assert execute.main([str(path)], out=out, write=True) == 0
+    assert path.read_text() == first, "executed twice, the same file"
+
+
+def test_a_failure_is_named_and_does_not_stop_the_rest(tmp_path, out, capsys):
+    bad = write(tmp_path, "bad", "x = 1", "x\n" * 7 + "1 / 0", "never")
+    good = write(tmp_path, "good", "1")
+    before = bad.read_text()
+    assert execute.main([str(bad), str(good)], out=out, write=True) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED in cell 2 of 3\n    x\n" in printed
+    assert "    ...\n  ZeroDivisionError: division by zero" in printed
+    assert bad.read_text() == before
+    assert "ZeroDivisionError" in (out / "bad.html").read_text()
+    assert nbformat.read(good, as_version=4).cells[1].execution_count == 1
+
+
+def test_a_kernel_that_dies_is_a_failure(tmp_path, out, capsys):
+    path = write(tmp_path, "dies", "import os; os._exit(1)")
+    assert execute.main([str(path)], out=out) == 1
+    assert "FAILED in cell 1 of 1" in capsys.readouterr().out
+
+
+SLEEP = "time.sleep(600)"
+CAUGHT = "try:\n    time.sleep(600)\nexcept KeyboardInterrupt: pass"
+
+
+@pytest.mark.parametrize(
+    ("signals", "wait"), [(1, SLEEP), (1, CAUGHT), (2, f"while True:\n{indent(CAUGHT, '  ')}")]
+)
+def test_ctrl_c_ends_the_cell_and_the_kernel(tmp_path, out, signals, wait):
+    first = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\n"
+    path = write(tmp_path, "long", first + wait, "time.sleep(600)")
+    command = [sys.executable, "-m", "rlnb", "run", str(path), "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=subprocess.STDOUT, text=True)
+    pid = tmp_path / "pid"
+    while not (pid.exists() and pid.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    for _ in range(signals):
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 130 and "Traceback" not in printed
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_names_are_found_and_a_wrong_one_is_told(tmp_path, monkeypatch):
+    (tmp_path / "solutions").mkdir()
+    two, one = write(tmp_path, "02_two", "1"), write(tmp_path, "01_one", "1")
+    answers = write(tmp_path / "solutions", "01_one", "1")
+    monkeypatch.setattr(execute, "NOTEBOOKS", tmp_path)
+    assert execute.find([]) == [one, two]
+    assert execute.find(["02_two", "solutions/01_one", str(one)]) == [two, answers, one]
+    with pytest.raises(SystemExit, match="no notebook 03_three; there are: 01_one, 02_two"):
+        execute.find(["02_two", "03_three"])
+
+
+def test_clean_merges_what_was_printed_and_drops_finished_progress_bars():
+    def stream(text, name="stdout"):
+        return nbformat.from_dict({"output_type": "stream", "name": name, "text": text})
+
+    def shown(**data):
+        return nbformat.from_dict({"output_type": "display_data", "data": data, "metadata": {}})
+
+    bar = shown(**{execute.WIDGET: {}, "text/plain": "Training:   0%|          | 0/3 [00:00<?]"})
+    cell = new_code_cell("", metadata={"tags": ["a"], "execution": {"iopub.execute_input": "now"}})
+    cell.outputs = [stream("1\n"), stream("!", "stderr"), bar, stream(f"{ROOT}/runs/1 in {ROOT}\n")]
+    info = {"name": "python", "version": "3"}
+    notebook = new_notebook(cells=[cell], metadata={"widgets": {}, "language_info": info})
+    execute.clean(notebook)
+    assert [output.text for output in cell.outputs] == ["1\nruns/1 in .\n"]
+    assert cell.metadata == {"tags": ["a"]}
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}

@@ -1,0 +1,524 @@
+"""rlnb.models on a CPU with a random tiny model: checks, three modes, saving, TRL's trainers."""
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from rlnb import models
+from rlnb.models import ALL_LINEAR, ATTENTION, MLP, LoRA, load_model, save_adapter
+
+RANKS = (1, 2, 3, 4, 7, 8, 16, 32, 64, 128, 256, 320, 512, 513)
+CHAT = [{"role": "user", "content": "Anna has 12 apples and buys 5 more. How many?"}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unsloth_first():
+    models.backend()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.make(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """A saved adapter of rank 8 that changes the outputs, and its model."""
+    import torch
+
+    model, _ = load_model(base, LoRA(rank=8, alpha=8))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return save_adapter(model, tmp_path_factory.mktemp("adapters") / "sft"), model
+
+
+def logits(model):
+    import torch
+
+    ids = torch.arange(4, 24).reshape(2, 10)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+# --- ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("largest", (1, 7, 8, 16, 64, 100, 128, 320, 512))
+def test_the_rank_fits_or_the_error_has_both_numbers(largest):
+    for rank in RANKS:
+        if rank <= largest:
+            models.check_rank(rank, largest)
+            continue
+        with pytest.raises(ValueError, match=f"rank {rank} is above max_lora_rank {largest}:"):
+            models.check_rank(rank, largest)
+
+
+def test_vllm_rounds_up_and_has_a_limit():
+    served = [models.vllm_rank(rank) for rank in RANKS[:-1]]
+    assert served == [1, 8, 8, 8, 8, 8, 16, 32, 64, 128, 256, 320, 512]
+    with pytest.raises(ValueError, match="max_lora_rank 513 is above 512"):
+        models.vllm_rank(513)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "8", True, None])
+def test_a_rank_is_a_whole_number(value):
+    for call in (
+        lambda: LoRA(rank=value),
+        lambda: models.check_rank(value, 64),
+        lambda: models.check_rank(8, value),
+    ):
+        with pytest.raises(ValueError, match=f"is {value!r}: it must be a whole number"):
+            call()
+
+
+def test_a_rank_above_the_smallest_width_is_useless():
+    models.check_rank(128, 512, smallest_width=128)
+    with pytest.raises(ValueError, match="rank 129 is above 128, the smallest width"):
+        models.check_rank(129, 512, smallest_width=128)
+
+
+@pytest.mark.parametrize("targets", [ALL_LINEAR, ATTENTION, MLP, ("k_proj",), ("q_proj",)])
+def test_the_smallest_width_is_the_real_one(base, targets):
+    import torch
+
+    model, _ = load_model(base)
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    widths = [min(m.weight.shape) for n, m in linear.items() if n.split(".")[-1] in targets]
+    assert models.smallest_width(model.config, targets) == min(widths)
+
+
+def test_a_config_without_widths_gives_none():
+    assert models.smallest_width(object(), ALL_LINEAR) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"alpha": 0}, "alpha is 0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"targets": ()}, r"targets is \(\)"),
+        ({"targets": "q_proj"}, "targets is 'q_proj'"),
+        ({"init": "pissa"}, "init is 'pissa': it must be one of default, gaussian"),
+    ],
+)
+def test_a_lora_that_cannot_work(fields, says):
+    with pytest.raises(ValueError, match=says):
+        LoRA(**fields)
+
+
+# --- names and folders ---------------------------------------------------------------------------
+
+
+def test_names_resolve(base, tmp_path, monkeypatch):
+    assert models.resolve(base) == str(base)
+    assert models.resolve("Qwen/Qwen2.5-0.5B-Instruct") == "Qwen/Qwen2.5-0.5B-Instruct"
+    monkeypatch.chdir(base.parent)
+    assert models.resolve("tiny") == models.resolve("./tiny") == str(base)
+    monkeypatch.setattr(models, "DATA", base.parent)
+    monkeypatch.chdir(tmp_path)
+    assert models.resolve("tiny") == str(base)
+
+
+@pytest.mark.parametrize("name", ["abacus-4m", "gpt2", "./a/b", "models/x", "/nowhere", "a/b/c"])
+def test_a_model_that_is_not_there(base, name, monkeypatch, tmp_path):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "DATA", base.parent)
+    with pytest.raises(FileNotFoundError, match=f"no model '{name}': .* data/ has tiny"):
+        models.resolve(name)
+
+
+def test_a_folder_that_is_no_model(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config.json among nothing$"):
+        models.resolve(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(FileNotFoundError, match=r"no \*.safetensors among .*pytorch_model.bin$"):
+        models.resolve(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no config.json among adapter_config.json"):
+        models.resolve(trained[0])
+
+
+def test_a_folder_that_is_no_adapter(base, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no adapter 'nowhere': /.*/nowhere is no"):
+        load_model(base, "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no adapter_config.json among .*config.json"):
+        load_model(base, base)
+    (tmp_path / "adapter_model.safetensors").touch()
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(ValueError, match="peft_type is 'IA3', it must be 'LORA'"):
+        load_model(base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"lora": LoRA(rank=65)}, "rank 65 is above max_lora_rank 64"),
+        ({"lora": LoRA(rank=65), "max_lora_rank": 128}, "rank 65 is above 64, the smallest width"),
+        ({"lora": LoRA(), "max_lora_rank": 513, "fast_inference": True}, "513 is above 512"),
+        ({"fast_inference": True}, "pass lora=LoRA"),
+        ({"lora": 16}, r"lora is 16: it must be LoRA\(...\), an adapter's folder or None"),
+        ({"max_seq_length": 0}, "max_seq_length is 0: it must be a whole number"),
+        ({"lora": LoRA(), "dtype": "float16"}, "dtype is 'float16'"),
+        ({"lora": LoRA(), "dtype": "int8"}, "dtype is 'int8'"),
+    ],
+)
+def test_checks_come_before_the_weights(base, tmp_path, arguments, says):
+    shutil.copy(base / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_text("nobody can load this")
+    with pytest.raises(ValueError, match=says):
+        load_model(tmp_path, **arguments)
+
+
+def test_a_saved_rank_is_checked_too(base, trained):
+    with pytest.raises(ValueError, match="rank 8 is above max_lora_rank 4"):
+        load_model(base, trained[0], max_lora_rank=4)
+
+
+# --- the three modes -----------------------------------------------------------------------------
+
+
+def test_a_new_adapter_changes_nothing_yet_and_trains_alone(base, capsys):
+    import torch
+
+    full, _ = load_model(base)
+    capsys.readouterr()
+    model, tokenizer = load_model(base, LoRA(rank=4))
+    out, err = capsys.readouterr()
+    count, total = models.trainable(model)
+    what = f"{total:,} parameters, {count:,} train (LoRA rank 4), {models.backend()}, float32"
+    assert (out, err) == (f"tiny: {what}\n", "")
+    shapes = [module.weight.shape for n, module in full.named_modules() if n.endswith("_proj")]
+    assert count == 4 * sum(rows + columns for rows, columns in shapes)
+    assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
+    assert torch.equal(logits(model), logits(full))
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False).startswith("<|user|>Anna")
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian"])
+def test_the_seed_fixes_the_start_as_in_stock_peft(base, init):
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    first, again, other = (
+        load_model(base, LoRA(rank=4, init=init), seed=seed)[0].state_dict() for seed in (5, 5, 6)
+    )
+    stock = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(5)
+    config = peft.LoraConfig(
+        r=4, target_modules=list(ALL_LINEAR), init_lora_weights=models.INITS[init]
+    )
+    stock = peft.get_peft_model(stock, config).state_dict()
+    assert first.keys() == stock.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], stock[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first if "lora_A" in name)
+
+
+def test_full_fine_tuning_trains_everything(base):
+    model, _ = load_model(base)
+    count, total = models.trainable(model)
+    assert count == total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_saved_adapter_goes_on_training_at_its_own_rank(base, trained, capsys):
+    import torch
+
+    folder, model = trained
+    again, _ = load_model(base, folder, seed=9)
+    assert "(LoRA rank 8 from sft)" in capsys.readouterr().out
+    assert models.trainable(again) == models.trainable(model)
+    assert again.peft_config["default"].lora_alpha == 8
+    assert torch.equal(logits(again), logits(model))
+    assert not torch.allclose(logits(again), logits(load_model(base)[0]))
+
+
+def test_stock_peft_reads_the_adapter(base, trained):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, model = trained
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    assert torch.equal(logits(stock), logits(model))
+
+
+def test_an_adapter_of_another_base_is_pointed_out(trained, tmp_path):
+    other = tiny.make(tmp_path / "other")
+    with pytest.warns(UserWarning, match="sft was trained on tiny, not on .*other"):
+        load_model(other, trained[0])
+
+
+def test_an_adapter_with_missing_weights_is_refused(base, trained, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(trained[0] / "adapter_model.safetensors")
+    name = next(iter(weights))
+    weights.pop(name)
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    shutil.copy(trained[0] / "adapter_config.json", tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors has no .*lora_"):
+        load_model(base, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_type_of_the_weights_can_be_named(base, dtype, capsys):
+    load_model(base, LoRA(), dtype=dtype)
+    assert f"{models.backend()}, {dtype}\n" in capsys.readouterr().out
+
+
+# --- saving --------------------------------------------------------------------------------------
+
+
+def test_the_saved_config_knows_no_path_and_is_the_same_every_time(trained, tmp_path):
+    folder, model = trained
+    text = (folder / "adapter_config.json").read_text()
+    assert json.loads(text)["base_model_name_or_path"] == "tiny"
+    assert "/" not in text
+    again = save_adapter(model, tmp_path / "deep" / "again")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+    assert sorted(file.name for file in again.parent.iterdir()) == ["again"]
+
+
+def test_the_practice_model_is_named_as_in_data(monkeypatch, base):
+    monkeypatch.setattr(models, "DATA", base.parent)
+    assert models._without_path(str(base)) == "tiny"
+    assert models._without_path(str(base.parent / "x" / "tiny")) == "x/tiny"
+    assert models._without_path("owner/name") == "owner/name"
+
+
+def test_an_interrupted_save_leaves_the_old_adapter_whole(base, trained, tmp_path, monkeypatch):
+    folder = save_adapter(trained[1], tmp_path / "sft")
+    old = {file.name: file.read_bytes() for file in folder.iterdir()}
+    other, _ = load_model(base, LoRA(rank=2))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "_tidy", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save_adapter(other, folder)
+    with pytest.raises(FileNotFoundError):
+        models._swap(tmp_path / "never written", folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == old
+    assert [file.name for file in tmp_path.iterdir()] == ["sft"]
+    save_adapter(other, folder)
+    assert models._saved_rank(folder) == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["sft"]
+
+
+def test_only_adapters_are_saved_and_only_adapters_replaced(base, trained, tmp_path):
+    with pytest.raises(TypeError, match="no adapter to save"):
+        save_adapter(load_model(base)[0], tmp_path / "full")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"more than an adapter \(thesis.tex\)"):
+        save_adapter(trained[1], tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# --- backends, rollouts, padding -----------------------------------------------------------------
+
+
+def test_nothing_is_looked_up_outside(base, monkeypatch):
+    import httpx
+    import huggingface_hub
+
+    asked = []
+
+    def refused(*arguments, **_):
+        asked.append(arguments)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    load_model(base, LoRA())
+    assert not asked
+    with pytest.raises(httpx.ConnectError):
+        huggingface_hub.model_info("nobody/nothing")
+    assert asked  # so a look-up would have been noticed
+    assert os.environ["UNSLOTH_DISABLE_STATISTICS"] == os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+
+
+def test_fast_inference_on_a_cpu_is_said_once(base, capsys):
+    models._say_once.cache_clear()
+    for _ in range(2):
+        load_model(base, LoRA(), fast_inference=True, max_lora_rank=20)
+    out = capsys.readouterr().out
+    assert out.count("rollouts use transformers here") == 1
+    assert out.count("max_lora_rank 20 becomes 32") == 1
+
+
+def test_a_gpu_without_vllm_is_told_the_way_out(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match=r"needs (unsloth|vllm), .* --kind gpu, or pass"):
+        models._vllm_works("unsloth-gpu")
+
+
+def test_without_unsloth_the_plain_path_gives_the_same(base, trained, monkeypatch, capsys):
+    import torch
+
+    new = load_model(base, LoRA(rank=4), seed=3)[0].state_dict()
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setitem(sys.modules, "unsloth", None)
+    models.backend.cache_clear()
+    models._say_once.cache_clear()
+    try:
+        capsys.readouterr()
+        plain = load_model(base, LoRA(rank=4), seed=3)[0].state_dict()
+        assert "Unsloth is not installed: models load with plain" in capsys.readouterr().out
+        assert plain.keys() == new.keys()
+        assert all(torch.equal(plain[name], new[name]) for name in new)
+        saved, tokenizer = load_model(base, trained[0], max_seq_length=99)
+        assert torch.equal(logits(saved), logits(trained[1]))
+        assert (tokenizer.padding_side, tokenizer.model_max_length) == ("left", 99)
+        count, total = models.trainable(load_model(base)[0])
+        assert count == total
+        assert capsys.readouterr().out.count("plain transformers") == 0
+    finally:
+        models.backend.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="Unsloth is not used on macOS")
+def test_an_unsloth_that_does_not_import_is_reported(tmp_path):
+    (tmp_path / "unsloth").mkdir()
+    (tmp_path / "unsloth" / "__init__.py").write_text(
+        "print('a banner')\nraise ImportError('libcuda.so.1: broken')"
+    )
+    code = "import rlnb.models as m, sys\nassert 'torch' not in sys.modules\nm.backend()"
+    paths = os.pathsep.join([str(tmp_path), str(models.DATA.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert done.returncode == 1
+    assert "does not import here: ImportError: libcuda.so.1: broken. Repair it" in done.stderr
+    assert "a banner" in done.stderr
+
+
+def test_padding_is_never_the_end_token(base):
+    from transformers import AutoConfig, AutoTokenizer
+
+    class Model:
+        config = AutoConfig.from_pretrained(base)
+
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right")
+    tokenizer.pad_token = tokenizer.eos_token
+    models._set_padding(Model, tokenizer)
+    assert (tokenizer.pad_token, tokenizer.padding_side) == ("<|pad|>", "left")
+    assert Model.config.pad_token_id == tokenizer.pad_token_id == 0
+    tokenizer.eos_token = "<|pad|>"
+    with pytest.warns(UserWarning, match="no token to pad with but the end"):
+        models._set_padding(Model, tokenizer)
+
+
+# --- TRL's trainers ------------------------------------------------------------------------------
+
+
+def arguments(folder):
+    return {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+
+
+def adapter_and_base(model):
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    return [{n: v for n, v in weights.items() if ("lora_" in n) is on} for on in (True, False)]
+
+
+def check_trained(model, before, log, key):
+    import torch
+
+    after = adapter_and_base(model)
+    assert any(not torch.equal(value, after[0][name]) for name, value in before[0].items())
+    assert all(torch.equal(value, after[1][name]) for name, value in before[1].items())
+    values = [row[key] for row in log if key in row]
+    assert len(values) == 2
+    assert all(math.isfinite(value) for value in values)
+
+
+@pytest.mark.parametrize("mode", ["new", "saved"])
+def test_sft_runs(base, trained, tmp_path, mode):
+    from trl import SFTConfig, SFTTrainer
+
+    from rlnb import datasets, problems
+
+    model, tokenizer = load_model(base, LoRA(rank=4) if mode == "new" else trained[0])
+    before = adapter_and_base(model)
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(**arguments(tmp_path), max_length=None),
+        train_dataset=datasets.prompt_completion(problems.generate("train", 8)),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    check_trained(model, before, trainer.state.log_history, "loss")
+    # TRL's own columns are there: Unsloth's chunked loss for a CPU would drop this one.
+    assert "mean_token_accuracy" in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_grpo_runs_with_and_without_a_reference(base, trained, tmp_path, beta):
+    """The model is a PeftModel already, so with beta > 0 TRL adds a frozen copy, "ref"."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    from rlnb import datasets, problems
+
+    model, tokenizer = load_model(base, trained[0])
+    before = adapter_and_base(model)
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, answer, **_: [
+            len(completion[0]["content"]) + value % 7
+            for completion, value in zip(completions, answer, strict=True)
+        ],
+        args=GRPOConfig(
+            **arguments(tmp_path), num_generations=4, max_completion_length=8, beta=beta
+        ),
+        train_dataset=datasets.prompts(problems.generate("train", 4)),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    log = trainer.state.log_history
+    check_trained(model, before, log, "reward")
+    assert ("kl" in log[0]) == (beta > 0)
+    saved = save_adapter(model, tmp_path / "adapter")
+    assert sorted(file.name for file in saved.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    if beta:
+        reference = {n: v for n, v in model.state_dict().items() if ".ref." in n}
+        assert reference
+        for name, value in reference.items():
+            assert value.equal(before[0][name.replace(".ref.", ".default.")])

@@ -1,0 +1,374 @@
+"""The registry: what is recorded, how runs end, crashes, concurrency, and reading it back."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import rlnb
+from rlnb import runs
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def registry(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLNB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.delenv("RLNB_NOTEBOOK", raising=False)
+    monkeypatch.setenv("RLNB_PROFILE", "smoke")
+    return tmp_path / "runs"
+
+
+def python(code, **options):
+    """Starts Python on code that may use `runs`, in the test's registry."""
+    code = f"import os, time\nfrom rlnb import runs\n{code}"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, **options
+    )
+
+
+def raw(run):
+    """run.json as strict JSON, which has no NaN."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads((run.folder / "run.json").read_text(), parse_constant=refuse)
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+@dataclass(frozen=True)
+class Settings:
+    rank: int = 8
+    path: Path = Path("data") / "x"
+
+
+# --- what is recorded ----------------------------------------------------------------------------
+
+
+def test_a_run_is_recorded_whole(registry, monkeypatch):
+    monkeypatch.setenv("RLNB_NOTEBOOK", "08_grpo")
+    with runs.start("sft", model="abacus-3m") as first:
+        pass
+    config = {"learning_rate": 1e-3, "lora": Settings()}
+    with runs.start("grpo", model="m", config=config, seed=3, labels=64, parent=first) as run:
+        assert runs.load(run.id).status == "running"
+        with run.timer("train"):
+            run.log(step=1, loss=0.5)
+        run.finish(strict=0.5)
+    saved = raw(run)
+    assert saved["schema"] == 1 and saved["id"] == run.folder.name and saved["method"] == "grpo"
+    assert saved["status"] == "done" and saved["error"] is None and saved["parent"] == first.id
+    assert saved["notebook"] == "08_grpo" and saved["profile"] == "smoke"
+    assert saved["seed"] == 3 and saved["labels"] == 64 and saved["result"] == {"strict": 0.5}
+    assert saved["config"] == {"learning_rate": 1e-3, "lora": {"rank": 8, "path": "data/x"}}
+    assert saved["versions"]["torch"] == torch.__version__ and "trl" in saved["versions"]
+    assert saved["versions"]["rlnb"] == rlnb.__version__
+    assert saved["machine"]["cpus"] == os.cpu_count()
+    assert 0 <= saved["timers"]["train"] <= saved["seconds"] < 60
+    assert 1 < saved["peak_memory_mb"] < 100_000
+    assert [path.name for path in run.folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_results_may_come_after_the_end_and_change_nothing_else():
+    with runs.start("sft") as run:
+        pass
+    seconds = run.seconds
+    run.finish(strict=0.4)
+    runs.load(run.id).finish(correct=0.6)
+    again = runs.load(run.id)
+    assert again.result == {"strict": 0.4, "correct": 0.6}
+    assert again.seconds == seconds and again.status == "done"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (Settings(), {"rank": 8, "path": "data/x"}),
+        ({1: Colour.RED, "b": (1, None, True)}, {"1": "red", "b": [1, None, True]}),
+        ({3, 1, 2}, [1, 2, 3]),
+        ([math.nan, math.inf, -math.inf, 0.5], ["NaN", "Infinity", "-Infinity", 0.5]),
+        (math.floor, "floor"),
+        (Settings, "Settings"),
+        ([np.int64(5), np.float32(0.5), torch.tensor(2)], [5, 0.5, 2]),
+        (torch.bfloat16, "torch.bfloat16"),
+        ({"hub_token": "abc", "eos_token": "</s>"}, {"hub_token": "<hidden>", "eos_token": "</s>"}),
+        ({"hub_token": None}, {"hub_token": None}),
+    ],
+)
+def test_values_become_json(value, expected):
+    found = runs.jsonable(value)
+    assert found == expected
+    json.dumps(found, allow_nan=False)
+
+
+def test_timers_add_up_also_when_the_inside_raises():
+    with runs.start("sft") as run:
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError), run.timer("train"):
+                time.sleep(0.01)
+                _ = 1 / 0
+    assert 0.02 <= runs.load(run.id).train_seconds < 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the reset is Linux's")
+def test_peak_memory_is_the_runs_own():
+    with runs.start("big") as big:
+        np.ones(10_000_000)  # 80 MB, gone again at once
+    with runs.start("small") as small:
+        pass
+    assert big.peak_memory_mb - small.peak_memory_mb > 50
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"method": "a/b"}, ValueError, "method is 'a/b': use letters, digits"),
+        ({"method": ""}, ValueError, "method is ''"),
+        ({"method": "sft", "config": [1]}, TypeError, r"config is \[1\]: give a mapping"),
+    ],
+)
+def test_start_checks_before_it_makes_a_folder(settings, error, message, registry):
+    with pytest.raises(error, match=message), runs.start(**settings):
+        pass
+    assert not registry.exists()
+
+
+# --- how a run ends ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("rank is 0"), "failed"),
+        (KeyboardInterrupt(), "interrupted"),
+        (SystemExit(1), "interrupted"),
+    ],
+)
+def test_exceptions_are_recorded_and_go_on(error, status):
+    with pytest.raises(type(error)), runs.start("grpo") as run:
+        run.log(step=1, reward=0.1)
+        run.finish(strict=0.1)
+        raise error
+    saved = runs.load(run.id)
+    assert saved.status == status and saved.error == f"{type(error).__name__}: {error}"
+    assert saved.result == {"strict": 0.1} and saved.curve()[0]["reward"] == 0.1
+
+
+def test_a_killed_run_is_lost():
+    process = python(
+        "with runs.start('grpo') as run:\n"
+        "    run.log(step=1, loss=1.0)\n"
+        "    print(run.id, flush=True)\n"
+        "    time.sleep(60)"
+    )
+    name = process.stdout.readline().strip()
+    assert runs.load(name).status == "running"
+    process.kill()
+    deadline = time.monotonic() + 5
+    while runs.load(name).status == "running" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert runs.load(name).status == "lost"  # a zombie, as nobody has waited for it yet
+    process.communicate()
+    run = runs.load(name)
+    assert run.status == "lost" and run.curve()[0]["loss"] == 1.0
+    assert runs.latest(method="grpo") is None and runs.latest(status="lost").id == name
+    assert raw(run)["status"] == "running"  # reading changes nothing
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({}, "running"),
+        ({"born": "another boot:1"}, "lost"),  # the number of a dead process, used again
+        ({"pid": 2**22 + 1}, "lost"),
+        ({"host": "elsewhere", "pid": 2**22 + 1}, "running"),  # cannot be known from here
+    ],
+)
+def test_running_is_believed_of_living_processes_only(change, status):
+    with runs.start("sft") as run:
+        run.process |= change
+        run._save()
+        assert runs.load(run.id).status == status
+
+
+# --- crashes and concurrency ---------------------------------------------------------------------
+
+
+def test_a_crash_between_write_and_replace_leaves_the_old_file():
+    process = python(
+        "from pathlib import Path\n"
+        "with runs.start('grpo') as run:\n"
+        "    run.finish(strict=0.25)\n"
+        "    print(run.id, flush=True)\n"
+        "    Path.replace = lambda *paths: os._exit(9)\n"
+        "    run.finish(strict=0.75)"
+    )
+    name = process.communicate()[0].strip()
+    assert process.returncode == 9
+    run = runs.load(name)
+    assert (run.folder / f".run.json.{process.pid}").exists()  # it was written, and not used
+    assert run.result == {"strict": 0.25} and run.status == "lost"
+
+
+def test_a_crash_while_starting_leaves_no_run(registry):
+    process = python(
+        "from pathlib import Path\n"
+        "Path.rename = lambda *paths: os._exit(9)\n"
+        "with runs.start('grpo'):\n"
+        "    pass"
+    )
+    assert process.wait() == 9
+    assert len(list(registry.iterdir())) == 1
+    with warnings.catch_warnings(action="error"):
+        assert runs.all() == []
+
+
+def test_processes_that_start_in_the_same_second_get_their_own_folders(registry):
+    code = (
+        "from datetime import UTC, datetime\n"
+        "class Still(datetime):\n"
+        "    @classmethod\n"
+        "    def now(cls, zone): return datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)\n"
+        "runs.datetime = Still\n"
+        "for seed in range(4):\n"
+        "    with runs.start('grpo', seed=seed) as run:\n"
+        "        print(run.id)"
+    )
+    processes = [python(code) for _ in range(3)]
+    with warnings.catch_warnings(action="error"):  # a reader never sees half a run
+        while any(process.poll() is None for process in processes):
+            runs.all()
+    names = [name for process in processes for name in process.communicate()[0].split()]
+    assert len(set(names)) == len(names) == 12
+    assert sorted(names) == sorted(path.name for path in registry.iterdir())
+    assert "20260102-030405-grpo" in names and "20260102-030405-grpo-12" in names
+    assert all(raw(run)["id"] == run.id for run in runs.all())
+
+
+def test_what_is_no_run_is_skipped_with_one_warning(registry):
+    with runs.start("sft") as run:
+        pass
+    texts = {"half": '{"schema": 1, "id"', "foreign": "[1]", "newer": '{"schema": 2}'}
+    for name, text in texts.items():
+        (registry / name).mkdir()
+        (registry / name / "run.json").write_text(text)
+    (registry / "notes").mkdir()
+    (registry / "README").write_text("not a folder")
+    with pytest.warns(UserWarning) as caught:
+        found = runs.all()
+    assert [r.id for r in found] == [run.id] and len(caught) == 1
+    message = str(caught[0].message)
+    assert "notes (no run.json)" in message and "newer (run.json is not of schema 1)" in message
+    assert "foreign (" in message and "half (" in message and "README" not in message
+
+
+# --- the curve -----------------------------------------------------------------------------------
+
+
+def test_the_callback_writes_each_log_at_once():
+    from transformers import TrainerControl, TrainerState
+    from transformers.trainer_callback import CallbackHandler
+
+    with runs.start("grpo") as run:
+        handler = CallbackHandler([run.callback()], None, None, None, None)
+        state = TrainerState(is_world_process_zero=True)
+        control = handler.on_train_begin(None, state, TrainerControl())
+        logs = {"loss": 0.5, "rewards/format/mean": np.float32(0.25), "kl": torch.tensor(0.125),
+                "none": None, "text": "0.5", "many": torch.ones(2)}  # fmt: skip
+        for step, loss in enumerate((0.5, math.nan, -math.inf), 1):
+            state.global_step = step
+            handler.on_log(None, state, control, {**logs, "loss": loss})
+            assert len(runs.load(run.id).curve()) == step
+        state.is_world_process_zero = False
+        handler.on_log(None, state, control, logs)
+    curve = run.curve()
+    seconds = [row.pop("seconds") for row in curve]
+    assert seconds == sorted(seconds)
+    assert curve[0] == {"step": 1, "loss": 0.5, "rewards/format/mean": 0.25, "kl": 0.125}
+    assert math.isnan(curve[1]["loss"]) and curve[2]["loss"] == -math.inf
+    assert '"loss": "NaN"' in (run.folder / "curve.jsonl").read_text()
+
+
+def test_log_refuses_what_is_no_number():
+    with runs.start("sft") as run, pytest.raises(TypeError, match=r"note='high' is no number"):
+        run.log(step=1, note="high")
+    assert run.curve() == []
+
+
+def test_a_broken_line_is_skipped_with_a_warning():
+    with runs.start("sft") as run:
+        run.log(step=1, loss=1.0)
+        with (run.folder / "curve.jsonl").open("a") as file:
+            file.write('[1]\n{"step": 2, "lo')
+    with pytest.warns(UserWarning, match=r"curve\.jsonl: skipped broken line\(s\) \[2, 3\]"):
+        assert [row["step"] for row in run.curve()] == [1]
+
+
+# --- reading it back -----------------------------------------------------------------------------
+
+
+def test_find_and_latest():
+    for seed, rate in ((0, 1e-3), (1, 1e-3), (0, 5e-3)):
+        with runs.start("grpo", seed=seed, config={"rate": rate, "lora": Settings(rank=4)}) as run:
+            run.finish(strict=rate * 100)
+    with pytest.raises(ValueError), runs.start("grpo", seed=7) as bad:
+        raise ValueError
+    assert [r.seed for r in runs.find(method="grpo")] == [7, 0, 1, 0]
+    assert [r.seed for r in runs.find(rate=1e-3)] == [1, 0]
+    assert len(runs.find(**{"lora.rank": 4}, seed=0)) == 2
+    assert len(runs.find(lora=Settings(rank=4))) == 3
+    assert runs.find(method="dpo") == [] and runs.latest(method="dpo") is None
+    assert runs.latest().id == run.id and runs.latest(status=None).id == bad.id
+    assert runs.latest(strict=0.1, seed=1).config["rate"] == 1e-3
+    assert runs.latest().adapter == run.folder / "adapter"
+    assert repr(run) == f"<Run {run.id}: done, {run.seconds:.1f} s>"
+
+
+def test_load_names_the_newest_when_there_is_none_of_that_id():
+    with pytest.raises(FileNotFoundError, match=r"no run 'x' in .*: none yet\."):
+        runs.load("x")
+    with runs.start("sft") as run:
+        pass
+    with pytest.raises(FileNotFoundError, match=rf"the newest are: {run.id}\."):
+        runs.load("x")
+
+
+def test_the_table_is_plain_rows_and_reads_well():
+    assert str(runs.table()) == "no runs" and "no runs" in runs.table()._repr_html_()
+    with runs.start("sft", model="<b>", config={"rate": 1e-3}) as run:
+        run.finish(strict={"k": 262, "n": 500}, kl=0.123456, passes={"1": {"k": 1, "n": 2}})
+    rows = runs.table()
+    assert rows == [{**rows[0]}] and rows[0]["result.strict"] == {"k": 262, "n": 500}
+    assert "seed" not in rows[0]  # no run has one
+    assert "result.passes" not in rows[0]  # too much for a cell
+    header, line = str(rows).splitlines()
+    assert header.split()[:4] == ["id", "method", "model", "status"]
+    assert "52.4 % of 500" in line and "0.1235" in line
+    assert "<td>&lt;b&gt;</td>" in rows._repr_html_()
+    assert runs.table([run], columns=["method", "rate", "kl"]) == [
+        {"method": "sft", "rate": 1e-3, "kl": 0.123456}
+    ]
+
+
+def test_the_root_is_the_repository_by_default(monkeypatch):
+    monkeypatch.delenv("RLNB_RUNS")
+    assert runs.root() == REPOSITORY / "runs"
+
+
+def test_importing_it_is_light():
+    code = "import sys; print(*{'torch', 'transformers', 'numpy', 'psutil'} & set(sys.modules))"
+    assert python(code).communicate()[0].strip() == ""
