@@ -4,21 +4,10 @@
 """
 
 import importlib
+from pathlib import Path
 
 __version__ = "0.1.0"
-_MODULES = (
-    "datasets",
-    "evaluate",
-    "models",
-    "plots",
-    "pretrain",
-    "problems",
-    "recipes",
-    "rewards",
-    "runs",
-    "sampling",
-    "training",
-)
+_MODULES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
 
 
 def __getattr__(name):

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     run = command("run", _run, "execute notebooks and keep an HTML copy of each")
     run.add_argument("names", nargs="*", help="like 02_sft; default: all of notebooks/, in order")
     run.add_argument("--profile", choices=PROFILES, help="default: gpu if there is one, else cpu")
-    run.add_argument("--out", type=Path, default=Path("runs/html"), help="default: %(default)s")
+    run.add_argument("--out", type=Path, default=ROOT / "html", help="default: html")
     run.add_argument("--write", action="store_true", help="store the outputs in the notebooks")
 
     command("lab", _lab, "open JupyterLab; it gets the arguments that follow")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from transformers import Cache
 
 COMPACT = 7 / 8  # copying the cache pays once no more than this share of its rows is at work
 
@@ -62,23 +63,8 @@ def _decode_batch(
 ) -> list[list[int]]:
     """chances: (rows, max_new_tokens), uniform in [0, 1)."""
     import torch
-    from transformers import DynamicCache
 
-    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    ids, mask = left_pad(list(distinct), s.pad)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=view.config)
-
-    def forward(ids, mask, position):
-        return view(
-            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
-            use_cache=True, logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
-
-    prompt_of_row = torch.tensor([distinct[tuple(prompt)] for prompt in prompts])
-    logits = forward(ids, mask, position)[prompt_of_row]
-    cache.batch_select_indices(prompt_of_row)
-    mask, position = mask[prompt_of_row], position[prompt_of_row, -1:]
+    forward, cache, logits, mask = _read(view, prompts, s.pad)
     tokens, ends = torch.full(chances.shape, s.pad), torch.tensor(s.ends)
     rows, at_work = torch.arange(len(prompts)), torch.ones(len(prompts), dtype=torch.bool)
     for t in range(s.max_new_tokens):
@@ -92,13 +78,40 @@ def _decode_batch(
             break
         if at_work.sum() <= COMPACT * len(rows):
             cache.batch_select_indices(at_work)
-            rows, token, mask, position = (x[at_work] for x in (rows, token, mask, position))
+            rows, token, mask = rows[at_work], token[at_work], mask[at_work]
             at_work = at_work[at_work]
-        position = position + 1
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        logits = forward(token[:, None], mask, position)
+        logits = forward(token[:, None], mask)
     done(int(at_work.sum()))
     return [up_to_end(row, s.ends) for row in tokens.tolist()]
+
+
+def _read(
+    view: Any, prompts: list[list[int]], pad: int
+) -> "tuple[Callable, Cache, torch.Tensor, torch.Tensor]":
+    """Run the prompts through the model, equal ones once.
+
+    Returns forward(new ids, mask of all ids so far) -> (rows, vocabulary) logits of the next token,
+    the cache that it fills, and for each row of `prompts` the logits and the mask.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=view.config)
+
+    def forward(ids, mask):
+        position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return view(
+            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
+            use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]  # fmt: skip
+
+    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    ids, mask = left_pad(list(distinct), pad)
+    logits = forward(ids, mask)
+    where = torch.tensor([distinct[tuple(prompt)] for prompt in prompts])
+    cache.batch_select_indices(where)
+    return forward, cache, logits[where], mask[where]
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> "tuple[torch.Tensor, torch.Tensor]":
@@ -131,10 +144,8 @@ def pick(logits: "torch.Tensor", chances: "torch.Tensor", s: Settings) -> "torch
         p, order = p.sort(-1, descending=True)
         p = p.masked_fill(p.cumsum(-1) - p >= s.top_p, 0)
     reached = p.cumsum(-1)
-    total = reached[:, -1:]
-    # Rounding must not take a point to the total: the token found there has no probability.
-    point = (chances[:, None] * total).minimum(total.nextafter(torch.zeros(())))
-    index = torch.searchsorted(reached, point, right=True)
+    # A chance is at most 1 - 2**-24, so that its point stays below the total in float32 too.
+    index = torch.searchsorted(reached, chances[:, None] * reached[:, -1:], right=True)
     return (order.gather(-1, index) if s.top_p < 1 else index)[:, 0]
 
 

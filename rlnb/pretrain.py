@@ -13,15 +13,18 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import random
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlnb import card, problems
+
+if TYPE_CHECKING:
+    import torch
 
 END, PAD, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -51,7 +54,9 @@ class Settings:
     weight_decay: float = 0.05
     warmup: float = 0.02  # share of the steps
     decay: float = 0.4  # share of the steps at the end over which the rates fall to zero
-    early: float = 0.4  # share of the steps that teach mostly arithmetic, the slowest thing to learn
+    early: float = (
+        0.4  # share of the steps that teach mostly arithmetic, the slowest thing to learn
+    )
     early_sheets: float = 0.45  # share of the documents that are sheets of arithmetic, early on
     sheets: float = 0.25  # and after that
     vocabulary: int = 1024
@@ -109,7 +114,9 @@ def document(rng: random.Random, exclude: set[tuple], sheets: float = 0.25) -> s
     while True:
         kind = rng.choice(problems.ID_KINDS if rng.random() < 0.9 else problems.DEEP_KINDS)
         rule = "rule" in problems.KINDS[kind] and rng.random() < 0.2
-        problem = problems.draw(kind, rng, larger=rng.random() < 0.1, new=rng.random() < 0.15, rule=rule)
+        problem = problems.draw(
+            kind, rng, larger=rng.random() < 0.1, new=rng.random() < 0.15, rule=rule
+        )
         if problem.key not in exclude:
             break
     careful = rng.random() < problems.KINDS[kind]["careful"]
@@ -156,7 +163,9 @@ def _strip(text: str, special: list[str]) -> str:
     return text
 
 
-def batches(tokenizer, settings: Settings, seed: int | str, exclude: set[tuple], start: int = 0) -> Iterator:
+def batches(
+    tokenizer, settings: Settings, seed: int | str, exclude: set[tuple], start: int = 0
+) -> Iterator:
     """Endless (rows, length) int64 batches. Batch i depends on seed and i alone, so resuming is exact."""
     import torch
 
@@ -200,7 +209,9 @@ def _optimizers(model, settings: Settings) -> list:
         matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )  # fmt: skip
-    adam = torch.optim.AdamW(others, lr=settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    adam = torch.optim.AdamW(
+        others, lr=settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     return [muon, adam]
 
 
@@ -210,7 +221,9 @@ def _rate(step: int, steps: int, settings: Settings) -> float:
     return min(1.0, (step + 1) / warm, (steps - step) / fall)
 
 
-def held_out_loss(model, tokenizer, settings: Settings, exclude: set[tuple], rows: int = 256) -> float:
+def held_out_loss(
+    model, tokenizer, settings: Settings, exclude: set[tuple], rows: int = 256
+) -> float:
     """Mean cross-entropy in nats per token on text of a seed that no training run uses."""
     import torch
 
@@ -228,7 +241,7 @@ def _save_state(path: Path, model, optimizers: list, step: int, seconds: float) 
     state = {"model": model.state_dict(), "step": step, "seconds": seconds}
     state["optimizers"] = [o.state_dict() for o in optimizers]
     torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    path.with_suffix(".tmp").replace(path)
 
 
 def _load_state(path: Path, model, optimizers: list) -> tuple[int, float]:
@@ -243,9 +256,24 @@ def _load_state(path: Path, model, optimizers: list) -> tuple[int, float]:
     return state["step"], state["seconds"]
 
 
-def train(out: Path, settings: Settings, seed: int, *, compiled: bool = False, save_every: int = 100):
-    """Pretrains into ``out`` and returns (model, tokenizer, facts). Interrupted, it goes on where it was."""
+def train_step(model, optimizers: list, x) -> "torch.Tensor":
+    """One step of every optimizer on a (rows, length) batch; returns the loss, nats per token."""
     import torch
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(input_ids=x, labels=x).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.detach()
+
+
+def train(
+    out: Path, settings: Settings, seed: int, *, compiled: bool = False, save_every: int = 100
+):
+    """Pretrains into ``out`` and returns (model, tokenizer, facts). Interrupted, it goes on where it was."""
     from tqdm.auto import tqdm
 
     out.mkdir(parents=True, exist_ok=True)
@@ -261,16 +289,12 @@ def train(out: Path, settings: Settings, seed: int, *, compiled: bool = False, s
     for step, x in zip(bar, batches(tokenizer, settings, seed, exclude, start), strict=False):
         for optimizer, lr in zip(optimizers, (settings.muon_lr, settings.adam_lr), strict=True):
             optimizer.param_groups[0]["lr"] = lr * _rate(step, steps, settings)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=x, labels=x).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        loss = train_step(model, optimizers, x)
         seconds = before + time.perf_counter() - began
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", tokens_per_s=f"{(step + 1) * per_step / seconds:,.0f}")
+            bar.set_postfix(
+                loss=f"{loss.item():.3f}", tokens_per_s=f"{(step + 1) * per_step / seconds:,.0f}"
+            )
         if (step + 1) % save_every == 0:
             _save_state(state, model, optimizers, step + 1, seconds)
     model.eval()
@@ -292,19 +316,25 @@ def save(model, tokenizer, facts: dict, out: Path) -> None:
     tokenizer.save_pretrained(partial)
     (partial / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     for file in partial.iterdir():
-        os.replace(file, out / file.name)
+        file.replace(out / file.name)
     partial.rmdir()
     with contextlib.suppress(FileNotFoundError):
         (out / "resume.pt").unlink()
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rlnb pretrain", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m rlnb pretrain", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--out", type=Path, default=Path("data/abacus-3m"), help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--maturity", choices=MATURITIES, default="full", help="share of the tokens")
+    parser.add_argument(
+        "--maturity", choices=MATURITIES, default="full", help="share of the tokens"
+    )
     parser.add_argument("--tokens", type=int, help="tokens in all, instead of a maturity")
-    parser.add_argument("--compile", action="store_true", help="torch.compile (needs a C++ compiler)")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile (needs a C++ compiler)"
+    )
     parser.add_argument("--card-only", action="store_true", help="measure the model in --out anew")
     args = parser.parse_args(argv)
     if not args.card_only:

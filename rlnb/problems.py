@@ -8,7 +8,6 @@ The stories themselves (twelve kinds of one to three steps, four deeper ones) ar
 """
 
 import json
-import os
 import random
 import re
 import tomllib
@@ -161,7 +160,7 @@ def generate(
         raise ValueError(f"no kind of problem {sorted(unknown)}; there are {', '.join(KINDS)}.")
     rng, seen, found = random.Random(f"{split}-{seed}"), set(exclude), []
     options = dict(larger=split == "larger", new=split == "templates", rule=split == "rule")
-    for tries in range(200 * n + 1000):
+    for _ in range(200 * n + 1000):
         if len(found) == n:
             return found
         problem = draw(kinds[len(found) % len(kinds)], rng, **options)
@@ -169,7 +168,7 @@ def generate(
             seen.add(problem.key)
             fields = {**vars(problem), "id": f"{split}-{len(found):04d}", "split": split}
             found.append(Problem(**fields))
-    raise ValueError(f"only {len(found)} of {n} different problems found in {tries} tries: ask for fewer.")
+    raise ValueError(f"only {len(found)} of {n} different problems found: ask for fewer.")
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -185,7 +184,7 @@ def write_data(folder: Path = DATA) -> None:
         text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
         partial = folder / f".{split}.jsonl.tmp"
         partial.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(partial, folder / f"{split}.jsonl")
+        partial.replace(folder / f"{split}.jsonl")
 
 
 def load(split: str, path: Path | None = None) -> list[Problem]:
@@ -197,7 +196,9 @@ def load(split: str, path: Path | None = None) -> list[Problem]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            rows.append(Problem(**{**row, "trace": tuple(row["trace"]), "answer": int(row["answer"])}))
+            rows.append(
+                Problem(**{**row, "trace": tuple(row["trace"]), "answer": int(row["answer"])})
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path.name}, line {number}: {error} in {line[:80]!r}") from error
     return rows
@@ -225,8 +226,12 @@ def prompt(problem: Problem, system: str | None = None) -> list[dict[str, str]]:
 # --- parse and grade -----------------------------------------------------------------------------
 
 # ASCII digits only, bounded repetition, no nested quantifiers: linear time on any text.
-_NUMBER = re.compile(r"(?<![0-9.,])-?(?:[0-9]{1,3}(?:,[0-9]{3}){1,3}|[0-9]{1,12})(?:\.0{1,6})?(?![0-9]|[.,][0-9])")
-_EQUATION = re.compile(r"(?<![0-9.,])([0-9]{1,9}) ?([-+*/]) ?([0-9]{1,9}) ?= ?([0-9]{1,9})(?![0-9]|[.,][0-9])")
+_NUMBER = re.compile(
+    r"(?<![0-9.,])-?(?:[0-9]{1,3}(?:,[0-9]{3}){1,3}|[0-9]{1,12})(?:\.0{1,6})?(?![0-9]|[.,][0-9])"
+)
+_EQUATION = re.compile(
+    r"(?<![0-9.,])([0-9]{1,9}) ?([-+*/]) ?([0-9]{1,9}) ?= ?([0-9]{1,9})(?![0-9]|[.,][0-9])"
+)
 _CANONICAL = re.compile(r"-?(?:0|[1-9][0-9]{0,11})")
 
 
@@ -235,7 +240,9 @@ class Grade:
     """How a completion did. ``strict`` (format, answer and trace) is what the workbook reports."""
 
     format: bool  # exactly the two blocks, a canonical integer in the second
-    answer: int | None  # the answer given, in whatever style; None if there is none or there are two
+    answer: (
+        int | None
+    )  # the answer given, in whatever style; None if there is none or there are two
     correct: bool  # the answer is right, in whatever style
     trace: bool  # the equations are true, use known numbers only and end in the answer given
     strict: bool
@@ -291,7 +298,9 @@ def check_trace(reasoning: str, question: str, answer: int | None) -> bool:
 def grade(completion: str, question: str, answer: int) -> Grade:
     """Grades one completion against the question and its right answer, in linear time."""
     if not isinstance(completion, str):
-        raise TypeError(f"a completion is a str, not {type(completion).__name__}: {completion!r:.80}")
+        raise TypeError(
+            f"a completion is a str, not {type(completion).__name__}: {completion!r:.80}"
+        )
     if len(completion) > MAX_CHARS:
         return Grade(False, None, False, False, False)
     return _grade(completion, question, answer)

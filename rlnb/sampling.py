@@ -79,7 +79,8 @@ def rollout(prompts: list[Prompt], trainer: Any) -> dict[str, list]:
     TRL 1.15 hands over each prompt num_generations times. Settings are the trainer's. The seed is
     drawn from torch's global generator, which the trainer seeds from args.seed, differently on each
     process, and restores on resuming. logprobs are vLLM's where the trainer uses vLLM, else None as
-    with TRL's own generate: it computes them itself where it needs them. RLOOTrainer has no hook.
+    with TRL's own generate: it computes them itself where it needs them (the way through vLLM is
+    untested on a GPU until tests/gpu has run on one). RLOOTrainer has no such hook.
 
     Raises ValueError if the trainer asks for anything that this does not do.
     """
@@ -134,20 +135,32 @@ def inference(model: Any) -> "Iterator[torch.nn.Module]":
     """The model, ready to run without gradients.
 
     On a CPU this is a copy that shares the weights, so that nothing of the model is touched;
-    elsewhere the model itself, put into eval mode and back.
+    elsewhere the model itself, switched to inference and back.
     """
     import torch
 
-    with torch.inference_mode():
-        if _on_cpu(model):
+    if _on_cpu(model):
+        with torch.inference_mode():
             yield view(model)
-            return
-        modes = [(module, module.training) for module in model.modules()]
-        try:
-            yield model.eval()
-        finally:
-            for module, training in modes:
-                module.training = training
+    else:
+        with torch.no_grad(), _switched(model):
+            yield model
+
+
+@contextmanager
+def _switched(model: Any) -> Iterator[None]:
+    """Unsloth's switches set more than the mode: checkpointing, the cache, which forward runs."""
+    unsloth = hasattr(model, "for_inference")
+    modes = [(module, module.training) for module in model.modules()]
+    kinds = [getattr(module, "gradient_checkpointing", False) for module in model.modules()]
+    try:
+        model.for_inference() if unsloth else model.eval()
+        yield
+    finally:
+        if unsloth and modes[0][1]:
+            model.for_training(use_gradient_checkpointing=next(filter(None, kinds), False))
+        for module, training in modes:
+            module.training = training
 
 
 def _settings(

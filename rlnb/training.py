@@ -80,9 +80,7 @@ def grpo(
     ) as run:  # fmt: skip
         trainer = GRPOTrainer(
             model=model,
-            args=GRPOConfig(
-                **recipe.trl(run.folder, seed), reward_weights=list(weights.values())
-            ),
+            args=GRPOConfig(**recipe.trl(run.folder, seed), reward_weights=list(weights.values())),
             reward_funcs=list(weights),
             train_dataset=datasets.prompts(problems.load("train"), recipes.system()),
             processing_class=tokenizer,
@@ -94,18 +92,24 @@ def grpo(
 
 
 def find_or_train_sft(seed: int = 0) -> runs.Run:
-    """The latest finished SFT run of this model, profile and seed; trains one if there is none."""
-    found = runs.latest(
-        method="sft", model=recipes.model_name(), profile=recipes.profile(), seed=seed, status="done"
+    """The latest finished SFT run of this model, profile and seed with the usual settings and with
+    its adapter still there; trains one if there is none.
+    """
+    usual = runs.jsonable(recipes.recipe("sft"))
+    found = runs.find(
+        method="sft",
+        model=recipes.model_name(),
+        profile=recipes.profile(),
+        seed=seed,
+        status="done",
     )
-    return found or sft(seed)
+    fit = (run for run in found if run.config == usual and run.adapter.is_dir())
+    return next(fit, None) or sft(seed)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """``python -m rlnb train``: one run; prints its line of the registry."""
-    if arguments.method == "sft":
-        run = sft(arguments.seed)
-    else:
-        run = grpo(arguments.seed, start=arguments.start)
+    sft_only = arguments.method == "sft"
+    run = sft(arguments.seed) if sft_only else grpo(arguments.seed, start=arguments.start)
     print(runs.table([run]))
     return 0

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from rlnb import decoding, evaluate, models, problems, sampling
+from rlnb import decoding, divergence, evaluate, models, problems, sampling
 from tests import tiny
 
 models.backend()  # Unsloth before transformers
@@ -140,6 +140,13 @@ def test_the_bootstrap_covers_the_mean_over_problems():
     for k in ks:  # three standard errors below 0.93, what 40 problems can give
         assert covered[k] / rounds > 0.93 - 3 * math.sqrt(0.93 * 0.07 / rounds)
         assert covered[k] / rounds < 0.995
+
+
+def test_the_bootstrap_of_equal_problems_has_no_width():
+    rows = [{"id": str(i), "kind": "a", "n": 4, "strict": 4, "correct": 4} for i in range(7)]
+    assert evaluate.Passes(rows, (2,)).by("kind") == {"a": {2: evaluate.Estimate(1.0, 1.0, 1.0)}}
+    with pytest.raises(ValueError, match="'loose' is none of strict, correct"):
+        evaluate.Passes(rows, (2,)).at("loose")
 
 
 # --- on the practice model -----------------------------------------------------------------------
@@ -277,6 +284,19 @@ def test_the_exact_sum_has_the_smaller_error(adapted):
     assert abs(found.k1 - found.mean) < 4 * found.k1_error
     assert found.sequences == 64
     assert str(found).endswith("nats per sequence (64 sequences)")
+
+
+def test_rows_of_different_length_are_scored_as_alone(adapted):
+    model, _ = adapted
+    pairs = [([5, 6, 7, 8, 9], [10]), ([11], [12, 13, 14]), ([15, 16], [17, 18])]
+
+    def score(pairs):
+        policy = divergence._log_probs(model, pairs)
+        with model.disable_adapter():
+            return divergence._divergences(policy, divergence._log_probs(model, pairs), pairs)
+
+    for together, pair in zip(score(pairs), pairs, strict=True):
+        assert together == pytest.approx(score([pair])[0], rel=1e-4)
 
 
 def test_kl_to_itself_is_zero_and_a_reference_can_be_given(adapted):

@@ -7,7 +7,9 @@ import pytest
 
 from rlnb import problems as P
 
-QUESTION = "Mia has 12 apples. She gets 30 more and gives 5 to Leo. How many apples does she have left?"
+QUESTION = (
+    "Mia has 12 apples. She gets 30 more and gives 5 to Leo. How many apples does she have left?"
+)
 GOLD = "<reasoning>12 + 30 = 42; 42 - 5 = 37</reasoning><answer>37</answer>"
 
 
@@ -39,7 +41,9 @@ def test_new_names_and_wording_are_new():
 def test_files_come_out_byte_for_byte(tmp_path):
     P.write_data(tmp_path)
     for split in P.SIZES:
-        assert (tmp_path / f"{split}.jsonl").read_bytes() == (P.DATA / f"{split}.jsonl").read_bytes()
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (
+            P.DATA / f"{split}.jsonl"
+        ).read_bytes()
 
 
 def test_sizes_steps_and_answers():
@@ -47,7 +51,9 @@ def test_sizes_steps_and_answers():
     train = P.load("train")
     assert {p.steps for p in train} == {1, 2, 3}
     assert {p.steps for p in P.load("deeper")} == {4, 5}
-    assert len({p.answer for p in train}) >= 1000
+    rng = random.Random(0)
+    drawn = {P.draw(rng.choice(P.ID_KINDS), rng).answer for _ in range(20_000)}
+    assert len(drawn) >= 1000  # so that guessing does not pay
     assert {p.kind for p in P.load("demonstrations")} == set(P.DEMONSTRATED)
 
 
@@ -55,7 +61,9 @@ def test_larger_numbers_are_larger_and_the_rule_is_changed():
     largest = {}
     for p in P.load("train"):
         largest[p.kind] = max(largest.get(p.kind, 0), *p.numbers.values())
-    assert all(max(p.numbers.values()) > largest[p.kind] for p in P.load("larger") if p.kind != "dozen")
+    assert all(
+        max(p.numbers.values()) > largest[p.kind] for p in P.load("larger") if p.kind != "dozen"
+    )
     for p in P.load("rule"):
         unit = P.KINDS[p.kind]["unit"]
         assert p.numbers["U"] != P.UNITS[unit]
@@ -79,7 +87,7 @@ def test_unknown_split_kind_and_too_many_are_named():
 def test_a_bad_row_is_named(tmp_path):
     path = tmp_path / "mine.jsonl"
     row = (P.DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()[0]
-    path.write_text(f'{row}\n{row.replace("answer", "anwser")}\n', encoding="utf-8")
+    path.write_text(f"{row}\n{row.replace('answer', 'anwser')}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"mine.jsonl, line 2: .*answer"):
         P.load("mine", path)
 
@@ -90,7 +98,9 @@ def test_a_bad_row_is_named(tmp_path):
 @pytest.mark.parametrize("split", P.SIZES)
 def test_gold_is_right_and_careless_is_wrong(split):
     for p in P.load(split):
-        assert P.grade(P.solution(p), p.question, p.answer) == P.Grade(True, p.answer, True, True, True)
+        assert P.grade(P.solution(p), p.question, p.answer) == P.Grade(
+            True, p.answer, True, True, True
+        )
         wrong = P.careless(p)
         grade = P.grade(P.render(wrong, int(wrong[-1].split()[-1])), p.question, p.answer)
         assert grade.format and not grade.correct and not grade.strict
@@ -179,7 +189,10 @@ def test_answer_in_any_style(text, answer):
 
 
 def test_canonical_answers_only_in_strict_format():
-    question, trace = "A box holds 9 nuts. He eats 2. How many are left?", "<reasoning>9 - 2 = 7</reasoning>"
+    question, trace = (
+        "A box holds 9 nuts. He eats 2. How many are left?",
+        "<reasoning>9 - 2 = 7</reasoning>",
+    )
     assert P.grade(f"{trace}<answer>7</answer>", question, 7).strict
     for given in ("007", "7.0", "7,", "+7", "7 nuts"):
         grade = P.grade(f"{trace}<answer>{given}</answer>", question, 7)
@@ -188,8 +201,12 @@ def test_canonical_answers_only_in_strict_format():
 
 def test_units_are_known_numbers():
     question = "Leo has 4 dozen eggs and 5 loose eggs. How many eggs does he have in all?"
-    assert P.grade("<reasoning>4 * 12 = 48; 48 + 5 = 53</reasoning><answer>53</answer>", question, 53).strict
-    assert not P.grade("<reasoning>4 * 7 = 28; 28 + 5 = 33</reasoning><answer>33</answer>", question, 33).trace
+    assert P.grade(
+        "<reasoning>4 * 12 = 48; 48 + 5 = 53</reasoning><answer>53</answer>", question, 53
+    ).strict
+    assert not P.grade(
+        "<reasoning>4 * 7 = 28; 28 + 5 = 33</reasoning><answer>33</answer>", question, 33
+    ).trace
 
 
 @pytest.mark.parametrize(
@@ -214,7 +231,22 @@ def test_hostile_text_is_graded_at_once(text):
 
 def test_random_garbage_never_raises_and_never_passes():
     rng = random.Random(0)
-    pieces = [*P.TAGS, "37", "42", "12 + 30 = 42", " ", ";", "\n", "<", ">", "é", "\x00", "-", ",", "."]
+    pieces = [
+        *P.TAGS,
+        "37",
+        "42",
+        "12 + 30 = 42",
+        " ",
+        ";",
+        "\n",
+        "<",
+        ">",
+        "é",
+        "\x00",
+        "-",
+        ",",
+        ".",
+    ]
     for _ in range(3000):
         text = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
         assert not strict(text)

@@ -154,10 +154,10 @@ def test_the_engine_for_gpus_agrees(adapted):
     model, tokens = adapted
     rows = sampling.tokenize(tokens, CHAT)
     settings = decoding.Settings(24, 0, 1.0, 0, 2, (1,), 0)
-    with sampling.inference(model) as module:
-        assert sampling._generate(module, rows, settings, lambda _: None) == greedy(
-            model, tokens, CHAT
-        )
+    expected = greedy(model, tokens, CHAT)
+    model = copy.deepcopy(model)
+    model.generation_config.repetition_penalty = 1.5  # some models ask for one: it would not be us
+    assert sampling._generate(model, rows, settings, lambda _: None) == expected
 
 
 # --- sampled -------------------------------------------------------------------------------------
@@ -231,8 +231,7 @@ def test_the_engine_for_gpus_samples_by_the_seed(adapted):
 
     def drawn(seed):
         settings = decoding.Settings(8, 1.0, 0.9, seed, 256, (1,), 0)
-        with sampling.inference(model) as module:
-            return sampling._generate(module, rows, settings, lambda _: None)
+        return sampling._generate(model, rows, settings, lambda _: None)
 
     assert drawn(1) == drawn(1) != drawn(2)
     assert torch.equal(before, torch.get_rng_state())
@@ -291,6 +290,24 @@ def test_the_model_and_the_random_state_stay_as_they_are(adapted):
     assert sampling.sample(model, tokens, CHAT, 2, max_new_tokens=8) == in_training
 
 
+@pytest.mark.parametrize("kind", ["plain", "unsloth"])
+def test_the_switch_for_gpus_goes_back(adapted, tokenizer, kind):
+    """transformers' modes, and Unsloth's own switches where it has put them on the model."""
+    model = copy.deepcopy(adapted[0]) if kind == "unsloth" else build("gpt2", len(tokenizer))
+    if kind == "plain":
+        model.train().transformer.h[0].eval()
+    elif hasattr(model, "for_training"):
+        model.for_training(use_gradient_checkpointing=True)
+    else:
+        pytest.skip("Unsloth is not installed")
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt), sampling._switched(model):
+        assert not any(module.training for module in model.modules())
+        assert model.config.use_cache
+        raise KeyboardInterrupt
+    assert_same(before, state(model))
+
+
 def test_an_interrupt_leaves_the_model_as_it_was(adapted):
     model, tokens = adapted
     calls = []
@@ -310,11 +327,16 @@ def test_an_interrupt_leaves_the_model_as_it_was(adapted):
         handle.remove()
 
 
-def test_lora_is_merged_in_float32_only(adapted):
+def test_lora_is_merged_in_float32_and_if_it_is_on(adapted):
     model, _ = adapted
-    assert all(layer.merged for layer in decoding.lora_layers(decoding.view(model)))
-    half = copy.deepcopy(model).to(torch.bfloat16)
-    assert not any(layer.merged for layer in decoding.lora_layers(decoding.view(half)))
+
+    def merged(model):
+        return [layer.merged for layer in decoding.lora_layers(decoding.view(model))]
+
+    assert all(merged(model))
+    assert not any(merged(copy.deepcopy(model).to(torch.bfloat16)))
+    with model.disable_adapter():
+        assert not any(merged(model))
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -408,9 +430,17 @@ def test_rollout_in_grpo(tmp_path):
     assert steps[-1]["completions/mean_length"] == sum(lengths) / 8
 
     # The trainer runs the model in bf16; samples come from its float32 weights.
-    inner, tokens = trainer.model.eval().get_base_model(), trainer.processing_class
-    expected = by_generate(inner, sampling.tokenize(tokens, CHAT))
-    assert greedy(trainer.model, tokens, CHAT) == expected
+    model, ids = trainer.model.eval(), torch.tensor([found["prompt_ids"][0]])
+    with sampling.inference(model) as view:
+        logits = view(input_ids=ids).logits
+    assert torch.allclose(logits, model.get_base_model()(input_ids=ids).logits, atol=1e-5)
+    assert not torch.allclose(logits, model(input_ids=ids).logits, atol=1e-5)
+
+    again = [sampling.rollout(prompts, trainer)["completion_ids"] for _ in range(2)]
+    assert again[0] != again[1]
+    trainer.chat_template = tiny.TEMPLATE.replace("<|user|>", "<|user|>Question: ")
+    other = sampling.rollout(prompts, trainer)["prompt_ids"]
+    assert other == trainer._tokenize_prompts(prompts)[0] != found["prompt_ids"]
 
     trainer.top_k = 50
     with pytest.raises(ValueError, match="top_k=0 only, and the trainer has 50"):

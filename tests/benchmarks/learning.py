@@ -42,7 +42,9 @@ def run_row(arm: str, seed: int, run: runs.Run) -> dict:
 def summary(rows: list[dict]) -> None:
     for arm in dict.fromkeys(r["arm"] for r in rows):
         values = [100 * r["strict"] / r["n"] for r in rows if r["arm"] == arm]
-        spread = T_95.get(len(values), 0) * stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
+        spread = (
+            T_95.get(len(values), 0) * stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
+        )
         seconds = max(r["train_seconds"] for r in rows if r["arm"] == arm)
         print(f"{arm:16} strict {mean(values):5.1f} % +- {spread:4.1f} "
               f"({len(values)} seeds)  slowest run {seconds:.0f} s")  # fmt: skip

@@ -1,0 +1,84 @@
+"""The practice model: what it is fed, that pretraining can be resumed, and that what ships is sound."""
+
+import random
+
+import pytest
+
+from rlnb import models, pretrain, problems
+
+SMALL = pretrain.Settings(
+    tokens=6 * 2 * 64, rows=2, length=64, vocabulary=400, hidden=128, mlp=128, layers=1
+)
+
+
+def test_the_text_holds_no_test_problem():
+    exclude = pretrain.test_keys()
+    assert len(exclude) == sum(problems.SIZES[s] for s in (*problems.TEST_SPLITS, "validation"))
+    rng, questions = random.Random(0), set()
+    for _ in range(3000):
+        text = pretrain.document(rng, exclude, sheets=0.0)
+        questions.add(text.split(pretrain.USER)[1].split(pretrain.ASSISTANT)[0])
+    tests = {p.question for s in (*problems.TEST_SPLITS, "validation") for p in problems.load(s)}
+    assert not questions & tests
+
+
+def test_drills_are_true():
+    rng = random.Random(0)
+    for _ in range(2000):
+        left, op, right, _, result = pretrain._drill(rng).split()
+        assert problems.apply(op, int(left), int(right)) == int(result) >= 0
+
+
+def test_few_answers_are_in_the_strict_format():
+    rng = random.Random(0)
+    texts = [pretrain.document(rng, set(), sheets=0.0) for _ in range(4000)]
+    share = sum("<answer>" in text for text in texts) / len(texts)
+    assert abs(share - pretrain.TAGGED) < 0.012  # four standard errors
+
+
+def test_interrupted_and_resumed_equals_never_interrupted(tmp_path, monkeypatch):
+    whole, _, facts = pretrain.train(tmp_path / "whole", SMALL, seed=1)
+    assert facts["tokens"] == SMALL.tokens
+
+    real, calls = pretrain.train_step, []
+
+    def dies_at_the_fourth(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(pretrain, "train_step", dies_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.train(tmp_path / "cut", SMALL, seed=1, save_every=2)
+    monkeypatch.setattr(pretrain, "train_step", real)
+    resumed, tokenizer, facts = pretrain.train(tmp_path / "cut", SMALL, seed=1, save_every=2)
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert a.equal(b), name
+
+    pretrain.save(resumed, tokenizer, facts, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "resume.pt").exists()
+    _, loaded = models.load_model(tmp_path / "cut")
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+
+
+def test_what_ships():
+    from transformers import AutoTokenizer
+
+    folder = models.DATA / "abacus-3m"
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 10 * 2**20
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    digits = tokenizer("407", add_special_tokens=False).input_ids
+    assert tokenizer.convert_ids_to_tokens(digits) == ["4", "0", "7"]
+    for text in ("Él naïve ½ 日本 <x>", problems.solution(problems.load("train")[0])):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+    with pytest.raises(Exception, match="never seen a message by system"):
+        tokenizer.apply_chat_template([{"role": "system", "content": "Be good."}])
+
+
+def test_the_shipped_tokenizer_comes_out_again():
+    from transformers import AutoTokenizer
+
+    shipped = AutoTokenizer.from_pretrained(models.DATA / "abacus-3m")
+    assert pretrain.build_tokenizer(pretrain.Settings()).get_vocab() == shipped.get_vocab()
