@@ -118,7 +118,7 @@ class GRPO(Recipe):
     group: int = 8  # completions per prompt (num_generations)
     temperature: float = 1.0
     beta: float = 0.0  # weight of the KL term; 0 needs no reference
-    format_weight: float = 0.2
+    format_weight: float = 0.25  # exact in binary: equal rewards then deviate by exactly 0
 
     def trl(self, folder: str | Path, seed: int) -> dict:
         if self.batch % self.group:
