@@ -226,6 +226,7 @@ def test_an_unsupported_python_gets_the_way_out(monkeypatch, tmp_path):
     monkeypatch.setattr(bootstrap, "PYTHONS", ("3.98", "3.99"))
     with pytest.raises(SystemExit, match=r"needs Python 3\.98 to 3\.99: this is 3\.1\d"):
         bootstrap.setup(tmp_path / "new")
+    monkeypatch.setattr(bootstrap, "_complete", lambda folder, version: False)
     with pytest.raises(SystemExit, match=r"needs Python 3\.98 to 3\.99; .* is 3\.1\d"):
         bootstrap.setup(None, "plain")
 
