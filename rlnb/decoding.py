@@ -1,9 +1,9 @@
 """The decoding loop on a CPU, where sampling is the slow part of everything. Called by `sampling`.
 
 It works with any causal LM of transformers and samples in the precision of the weights. What saves
-time, as tests/benchmarks/bench_sampling.py measures it: equal prompts are read once, rows that have
-ended leave the batch, prompts of like length go together, query heads that share a key-value head
-share its cache, and LoRA is merged into a copy of the weights.
+time, as tests/benchmarks/bench_sampling.py measures it: equal prompts are read once, prompts of like
+length go together and few are read at a time, rows that have ended leave the batch, query heads that
+share a key-value head share its cache, and LoRA is merged into a copy of the weights.
 """
 
 import copy
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 COMPACT = 7 / 8  # copying the cache pays once no more than this share of its rows is at work
+READ_AT_ONCE = 32  # prompts: more fall out of the processor's cache, and need more padding
 
 
 @dataclass(frozen=True)
@@ -89,17 +90,16 @@ def _decode_batch(
 def _read(
     view: Any, prompts: list[list[int]], pad: int
 ) -> "tuple[Callable, Cache, torch.Tensor, torch.Tensor]":
-    """Run the prompts through the model, equal ones once.
+    """Run the prompts through the model, equal ones once and a few at a time.
 
     Returns forward(new ids, mask of all ids so far) -> (rows, vocabulary) logits of the next token,
     the cache that it fills, and for each row of `prompts` the logits and the mask.
     """
     import torch
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
-    cache = DynamicCache(config=view.config)
-
-    def forward(ids, mask):
+    def forward(ids, mask, cache):
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         return view(
             input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
@@ -108,10 +108,32 @@ def _read(
 
     distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     ids, mask = left_pad(list(distinct), pad)
-    logits = forward(ids, mask)
+    # A cache with a sliding window has a shape of its own, which `_join` does not know.
+    simple = all(type(layer) is DynamicLayer for layer in DynamicCache(config=view.config).layers)
+    size = READ_AT_ONCE if simple else len(ids)
+    logits, caches = [], []
+    for ids_here, mask_here in zip(ids.split(size), mask.split(size), strict=True):
+        longest = int(mask_here.sum(1).max())
+        caches.append(DynamicCache(config=view.config))
+        logits.append(forward(ids_here[:, -longest:], mask_here[:, -longest:], caches[-1]))
+    cache = _join(caches, ids.shape[1]) if len(caches) > 1 else caches[0]
     where = torch.tensor([distinct[tuple(prompt)] for prompt in prompts])
     cache.batch_select_indices(where)
-    return forward, cache, logits[where], mask[where]
+    return functools.partial(forward, cache=cache), cache, torch.cat(logits)[where], mask[where]
+
+
+def _join(caches: "list[Cache]", width: int) -> "Cache":
+    """One cache for the rows of all, padded on the left to `width` positions."""
+    import torch
+
+    def joined(tensors):  # (rows, heads, positions, size) each
+        padded = (torch.nn.functional.pad(t, (0, 0, width - t.shape[2], 0)) for t in tensors)
+        return torch.cat(list(padded))
+
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        layers[0].keys = joined(layer.keys for layer in layers)
+        layers[0].values = joined(layer.values for layer in layers)
+    return caches[0]
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> "tuple[torch.Tensor, torch.Tensor]":

@@ -109,8 +109,10 @@ def greedy(model, tokens, prompts, **settings):
 # --- greedy --------------------------------------------------------------------------------------
 
 
-def test_greedy_is_transformers_greedy_with_lora(adapted):
+@pytest.mark.parametrize("at_once", [2, 32])
+def test_greedy_is_transformers_greedy_with_lora(adapted, monkeypatch, at_once):
     model, tokens = adapted
+    monkeypatch.setattr(decoding, "READ_AT_ONCE", at_once)
     assert greedy(model, tokens, CHAT) == by_generate(model, sampling.tokenize(tokens, CHAT))
 
 
@@ -123,7 +125,8 @@ def test_greedy_is_transformers_greedy_on_the_practice_model(practice):
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gpt2"])
-def test_greedy_is_transformers_greedy_on_other_makes(kind, tokenizer):
+def test_greedy_is_transformers_greedy_on_other_makes(kind, tokenizer, monkeypatch):
+    monkeypatch.setattr(decoding, "READ_AT_ONCE", 2)
     model = build(kind, len(tokenizer))
     expected = by_generate(model, sampling.tokenize(tokenizer, PLAIN))
     model.train()  # GPT-2 has dropout: not here

@@ -27,6 +27,7 @@ WITHOUT = {
     "without merging LoRA": ("lora_layers", lambda model: []),
     "without sharing the cache of heads": ("_register_attention", lambda: "sdpa"),
     "without leaving the batch": ("COMPACT", 0),
+    "with all prompts read at once": ("READ_AT_ONCE", 256),
 }
 
 
