@@ -1,7 +1,7 @@
 """How fast sampling is, against transformers' generate in one process, and what each part saves.
 
-    python tests/benchmarks/bench_sampling.py                            # on an idle machine
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_sampling.py --cpu-time     # on a busy one
+    python -m tests.benchmarks.bench_sampling                           # on an idle machine
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.bench_sampling --cpu-time   # on a busy one
 
 Rounds are interleaved, so that a noisy machine is noisy for all. Tokens are those of completions,
 the end token included; seconds are the least of the rounds and their median, ratios of the least.
