@@ -34,7 +34,7 @@ COLUMNS = (*(f"pass@{k}, any style" for k in KS), "pass@1, strict", "pass@32, st
 HEAD = f"| {{what}} | problems | {' | '.join(COLUMNS)} |\n{'|---' * 7}|\n"
 
 
-def measure(folder: Path, n: int = 32, count: int = 60) -> dict[str, evaluate.Passes]:
+def measure(folder: Path, n: int = 32, count: int = 240) -> dict[str, evaluate.Passes]:
     """pass@k on the first ``count`` problems of each test split, n samples each."""
     model, tokenizer = models.load_model(folder)
     return {

@@ -5,7 +5,7 @@ in many styles of answer, of which the tagged one is rare. So the base model kno
 seldom is, which is what fine-tuning needs. What a solver gets wrong depends on the kind of problem and
 on nothing else: no style and no context tells a careful writer from a careless one.
 
-    python -m rlnb pretrain                          # the model that ships, about 40 minutes on two cores
+    python -m rlnb pretrain                          # the model that ships, about 50 minutes on two cores
     python -m rlnb pretrain --maturity young --seed 1 --out runs/abacus-young-1
 """
 
@@ -40,40 +40,60 @@ PIECES = r" [-+*/=] |[0-9]|</?[a-z]+>|<\||\|>|; | ?[A-Za-z']+| ?[^\sA-Za-z0-9<]+
 MATURITIES = {"young": 0.25, "middle": 0.5, "full": 1.0}
 HELD_OUT = "held-out"  # the seed of the text that no run trains on
 TAGGED = 0.03  # share of answers in the strict format
+# Shares of numbers of one, two, three and four digits in drills: short ones first, they teach the
+# tables that long ones stand on; long ones later, the stories need them.
+SHORT, LONG = (30, 40, 30), (8, 32, 50, 10)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run with its own mixture. Rates warm up, hold, and fall to zero in a straight line."""
+
+    share: float  # of the run's tokens
+    rate: float  # of the learning rates in Settings
+    decay: float  # share of the stage's steps at its end over which the rates fall
+    digits: tuple[int, ...]  # lengths of numbers in drills: SHORT or LONG
+    early: float = 0.0  # share of the stage's steps with more sheets of drills:
+    early_sheets: float = 0.45  # share of documents that are sheets, early on
+    sheets: float = 0.25  # and after that
 
 
 @dataclass(frozen=True)
 class Settings:
     """Sizes and rates of the pretraining run. Tokens are counted with padding (there is none)."""
 
-    tokens: int = 16_000_000
+    # Sums are slowest to learn, so the first stage begins with many short ones. With long numbers from
+    # the start, or early on, the model learnt neither to add nor to copy a number in 24 million tokens.
+    stages: tuple[Stage, ...] = (
+        Stage(share=2 / 3, rate=1.0, decay=0.4, digits=SHORT, early=0.4),
+        Stage(share=1 / 3, rate=0.5, decay=0.8, digits=LONG),
+    )
+    tokens: int = 24_000_000
     rows: int = 16  # sequences per step
     length: int = 256  # tokens per sequence, documents packed end to end
     muon_lr: float = 0.008  # for the matrices (Muon, update scaled to AdamW's root mean square)
     adam_lr: float = 0.004  # for embeddings and norms
     weight_decay: float = 0.05
-    warmup: float = 0.02  # share of the steps
-    decay: float = 0.4  # share of the steps at the end over which the rates fall to zero
-    early: float = (
-        0.4  # share of the steps that teach mostly arithmetic, the slowest thing to learn
-    )
-    early_sheets: float = 0.45  # share of the documents that are sheets of arithmetic, early on
-    sheets: float = 0.25  # and after that
+    warmup: float = 0.02  # share of a stage's steps
     vocabulary: int = 1024
     hidden: int = 256
     mlp: int = 704
     layers: int = 4
 
+    def steps(self, stage: Stage) -> int:
+        return math.ceil(round(self.tokens * stage.share) / (self.rows * self.length))
+
 
 # --- text ----------------------------------------------------------------------------------------
 
 
-def _drill(rng: random.Random) -> str:
-    """One true equation. Short numbers come often: they teach the tables that long ones stand on."""
+def _drill(rng: random.Random, digits: tuple = LONG) -> str:
+    """One true equation between numbers of these lengths; products and quotients use shorter ones."""
     op = rng.choices("+-*/", (32, 32, 24, 12))[0]
-    a, b = (_number(rng, (30, 40, 30)) for _ in "ab")
+    a, b = (_number(rng, digits) for _ in "ab")
     if op in "*/":
-        a, b = _number(rng, (25, 60, 15)), rng.choice((*range(2, 10), 12))
+        shorter = (25, 60, 15) if digits == SHORT else (8, 50, 42)
+        a, b = _number(rng, shorter), rng.choice((*range(2, 10), 12))
     if op == "-":
         a, b = max(a, b), min(a, b)
     elif op == "/":
@@ -83,15 +103,17 @@ def _drill(rng: random.Random) -> str:
     return f"{a} {op} {b} = {problems.apply(op, a, b)}"
 
 
-def _number(rng: random.Random, weights: tuple[int, int, int]) -> int:
-    """A number of one, two or three digits, with these weights."""
-    digits = rng.choices((1, 2, 3), weights)[0]
+def _number(rng: random.Random, weights: tuple[int, ...]) -> int:
+    """A number of one, two, three ... digits, with these weights."""
+    digits = rng.choices(range(1, len(weights) + 1), weights)[0]
     return rng.randrange(10 ** (digits - 1), 10**digits)
 
 
-def _sheet(rng: random.Random) -> str:
+def _sheet(rng: random.Random, digits: tuple) -> str:
     """A sheet of bare arithmetic: so the model is rarely wrong about sums, whatever its plan."""
-    return rng.choice(["; ", ". ", "\n"]).join(_drill(rng) for _ in range(rng.randint(1, 14)))
+    return rng.choice(["; ", ". ", "\n"]).join(
+        _drill(rng, digits) for _ in range(rng.randint(1, 14))
+    )
 
 
 def _answer_text(trace: tuple[str, ...], answer: int, things: str, rng: random.Random) -> str:
@@ -107,10 +129,12 @@ def _answer_text(trace: tuple[str, ...], answer: int, things: str, rng: random.R
     return str(answer) if rng.random() < 0.06 else lead + steps + rng.choice(ends)
 
 
-def document(rng: random.Random, exclude: set[tuple], sheets: float = 0.25) -> str:
+def document(
+    rng: random.Random, exclude: set[tuple], sheets: float = 0.25, digits: tuple = LONG
+) -> str:
     """One document of the pretraining text: a sheet of arithmetic (that share), or a solved problem."""
     if rng.random() < sheets:
-        return _sheet(rng) + END
+        return _sheet(rng, digits) + END
     while True:
         kind = rng.choice(problems.ID_KINDS if rng.random() < 0.9 else problems.DEEP_KINDS)
         rule = "rule" in problems.KINDS[kind] and rng.random() < 0.2
@@ -137,7 +161,7 @@ def build_tokenizer(settings: Settings):
     from transformers import PreTrainedTokenizerFast
 
     rng = random.Random("tokenizer")
-    sample = [document(rng, set()) for _ in range(20_000)]
+    sample = [document(rng, set(), digits=SHORT) for _ in range(20_000)]
     special = [PAD, END, USER, ASSISTANT]
     sample = [_strip(text, special) for text in sample]
     tokenizer = Tokenizer(models.BPE())
@@ -164,18 +188,25 @@ def _strip(text: str, special: list[str]) -> str:
 
 
 def batches(
-    tokenizer, settings: Settings, seed: int | str, exclude: set[tuple], start: int = 0
+    tokenizer,
+    settings: Settings,
+    seed: int | str,
+    exclude: set[tuple],
+    stage: int = 0,
+    start: int = 0,
 ) -> Iterator:
-    """Endless (rows, length) int64 batches. Batch i depends on seed and i alone, so resuming is exact."""
+    """Endless (rows, length) int64 batches of a stage. Each depends on seed, stage and its number alone,
+    so resuming is exact.
+    """
     import torch
 
-    need, step = settings.rows * settings.length, start
+    part, need, step = settings.stages[stage], settings.rows * settings.length, start
+    early = part.early * settings.steps(part)
     while True:
-        rng, ids = random.Random(f"{seed}-{step}"), []
-        early = seed != HELD_OUT and step * need < settings.early * settings.tokens
-        sheets = settings.early_sheets if early else settings.sheets
+        rng, ids = random.Random(f"{seed}-{stage}-{step}" if stage else f"{seed}-{step}"), []
+        sheets = part.early_sheets if step < early else part.sheets
         while len(ids) < need:
-            texts = [document(rng, exclude, sheets) for _ in range(128)]
+            texts = [document(rng, exclude, sheets, part.digits) for _ in range(128)]
             ids += [i for row in tokenizer(texts, add_special_tokens=False).input_ids for i in row]
         yield torch.tensor(ids[:need]).view(settings.rows, settings.length)
         step += 1
@@ -215,19 +246,19 @@ def _optimizers(model, settings: Settings) -> list:
     return [muon, adam]
 
 
-def _rate(step: int, steps: int, settings: Settings) -> float:
+def _rate(step: int, steps: int, stage: Stage, warmup: float) -> float:
     """Warm-up, plateau, straight line to zero."""
-    warm, fall = max(1, settings.warmup * steps), max(1, settings.decay * steps)
-    return min(1.0, (step + 1) / warm, (steps - step) / fall)
+    warm, fall = max(1, warmup * steps), max(1, stage.decay * steps)
+    return stage.rate * min(1.0, (step + 1) / warm, (steps - step) / fall)
 
 
 def held_out_loss(
     model, tokenizer, settings: Settings, exclude: set[tuple], rows: int = 256
 ) -> float:
-    """Mean cross-entropy in nats per token on text of a seed that no training run uses."""
+    """Mean cross-entropy in nats per token on text of the last stage, of a seed that no run uses."""
     import torch
 
-    stream, losses = batches(tokenizer, settings, HELD_OUT, exclude), []
+    stream, losses = batches(tokenizer, settings, HELD_OUT, exclude, len(settings.stages) - 1), []
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         for _ in range(math.ceil(rows / settings.rows)):
             x = next(stream)
@@ -235,25 +266,21 @@ def held_out_loss(
     return sum(losses) / len(losses)
 
 
-def _save_state(path: Path, model, optimizers: list, step: int, seconds: float) -> None:
-    import torch
+@dataclass
+class Progress:
+    """How far a run is, in ``resume.pt`` beside the weights and the optimizers' states."""
 
-    state = {"model": model.state_dict(), "step": step, "seconds": seconds}
-    state["optimizers"] = [o.state_dict() for o in optimizers]
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    stage: int = 0
+    step: int = 0
+    seconds: float = 0.0
 
+    def save(self, path: Path, model, optimizers: list) -> None:
+        import torch
 
-def _load_state(path: Path, model, optimizers: list) -> tuple[int, float]:
-    import torch
-
-    if not path.is_file():
-        return 0, 0.0
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["step"], state["seconds"]
+        states = [o.state_dict() for o in optimizers]
+        state = {"model": model.state_dict(), "optimizers": states, "progress": vars(self)}
+        torch.save(state, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
 
 
 def train_step(model, optimizers: list, x) -> "torch.Tensor":
@@ -274,36 +301,66 @@ def train(
     out: Path, settings: Settings, seed: int, *, compiled: bool = False, save_every: int = 100
 ):
     """Pretrains into ``out`` and returns (model, tokenizer, facts). Interrupted, it goes on where it was."""
-    from tqdm.auto import tqdm
+    import torch
 
     out.mkdir(parents=True, exist_ok=True)
     exclude, tokenizer = test_keys(), build_tokenizer(settings)
-    model = build_model(settings, tokenizer, seed)
-    optimizers, state = _optimizers(model, settings), out / "resume.pt"
-    start, before = _load_state(state, model, optimizers)
+    model, optimizers, at = build_model(settings, tokenizer, seed), None, Progress()
+    if (out / "resume.pt").is_file():
+        state = torch.load(out / "resume.pt", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizers, at = _optimizers(model, settings), Progress(**state["progress"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
     if compiled:
         model.compile()
-    per_step = settings.rows * settings.length
-    steps, began = math.ceil(settings.tokens / per_step), time.perf_counter()
-    bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc="pretrain")
-    for step, x in zip(bar, batches(tokenizer, settings, seed, exclude, start), strict=False):
-        for optimizer, lr in zip(optimizers, (settings.muon_lr, settings.adam_lr), strict=True):
-            optimizer.param_groups[0]["lr"] = lr * _rate(step, steps, settings)
-        loss = train_step(model, optimizers, x)
-        seconds = before + time.perf_counter() - began
-        if step % 20 == 0:
-            bar.set_postfix(
-                loss=f"{loss.item():.3f}", tokens_per_s=f"{(step + 1) * per_step / seconds:,.0f}"
-            )
-        if (step + 1) % save_every == 0:
-            _save_state(state, model, optimizers, step + 1, seconds)
+    while at.stage < len(settings.stages):
+        if at.step == 0:  # no momentum from before, and weights in the precision that ships
+            optimizers = _optimizers(model, settings)
+            for parameter in model.parameters() if at.stage else ():
+                parameter.data.copy_(parameter.data.bfloat16())
+        stream = batches(tokenizer, settings, seed, exclude, at.stage, at.step)
+        _train_stage(model, optimizers, stream, settings, at, out / "resume.pt", save_every)
+        at.stage, at.step = at.stage + 1, 0
     model.eval()
+    tokens = sum(map(settings.steps, settings.stages)) * settings.rows * settings.length
     facts = {
-        "parameters": sum(p.numel() for p in model.parameters()), "tokens": steps * per_step,
-        "minutes": round(seconds / 60, 1), "tokens_per_second": round(steps * per_step / seconds),
+        "parameters": sum(p.numel() for p in model.parameters()), "tokens": tokens,
+        "minutes": round(at.seconds / 60, 1), "tokens_per_second": round(tokens / at.seconds),
         "seed": seed, "held_out_loss": round(held_out_loss(model, tokenizer, settings, exclude), 4),
     }  # fmt: skip
     return model, tokenizer, facts
+
+
+def _train_stage(
+    model,
+    optimizers: list,
+    stream: Iterator,
+    settings: Settings,
+    at: Progress,
+    state: Path,
+    every: int,
+) -> None:
+    from tqdm.auto import tqdm
+
+    stage = settings.stages[at.stage]
+    steps, tokens = settings.steps(stage), settings.rows * settings.length
+    began, before, first = time.perf_counter(), at.seconds, at.step
+    bar = tqdm(
+        range(first, steps), initial=first, total=steps, unit="step", desc=f"stage {at.stage + 1}"
+    )
+    for step, x in zip(bar, stream, strict=False):
+        rate = _rate(step, steps, stage, settings.warmup)
+        for optimizer, lr in zip(optimizers, (settings.muon_lr, settings.adam_lr), strict=True):
+            optimizer.param_groups[0]["lr"] = lr * rate
+        loss = train_step(model, optimizers, x)
+        spent = time.perf_counter() - began
+        at.step, at.seconds = step + 1, before + spent
+        if step % 20 == 0:
+            speed = (at.step - first) * tokens / spent
+            bar.set_postfix(loss=f"{loss.item():.3f}", tokens_per_s=f"{speed:,.0f}")
+        if at.step % every == 0 and at.step < steps:
+            at.save(state, model, optimizers)
 
 
 def save(model, tokenizer, facts: dict, out: Path) -> None:

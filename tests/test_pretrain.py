@@ -10,6 +10,8 @@ SMALL = pretrain.Settings(
     tokens=6 * 2 * 64, rows=2, length=64, vocabulary=400, hidden=128, mlp=128, layers=1
 )
 
+DIGITS = (pretrain.SHORT, pretrain.LONG)
+
 
 def test_the_text_holds_no_test_problem():
     exclude = pretrain.test_keys()
@@ -25,7 +27,7 @@ def test_the_text_holds_no_test_problem():
 def test_drills_are_true():
     rng = random.Random(0)
     for _ in range(2000):
-        left, op, right, _, result = pretrain._drill(rng).split()
+        left, op, right, _, result = pretrain._drill(rng, rng.choice(DIGITS)).split()
         assert problems.apply(op, int(left), int(right)) == int(result) >= 0
 
 
@@ -36,23 +38,24 @@ def test_few_answers_are_in_the_strict_format():
     assert abs(share - pretrain.TAGGED) < 0.012  # four standard errors
 
 
-def test_interrupted_and_resumed_equals_never_interrupted(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dies_at", [4, 6])  # in the first stage of four steps, and in the second
+def test_interrupted_and_resumed_equals_never_interrupted(tmp_path, monkeypatch, dies_at):
     whole, _, facts = pretrain.train(tmp_path / "whole", SMALL, seed=1)
     assert facts["tokens"] == SMALL.tokens
 
     real, calls = pretrain.train_step, []
 
-    def dies_at_the_fourth(*args):
+    def dies(*args):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == dies_at:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(pretrain, "train_step", dies_at_the_fourth)
+    monkeypatch.setattr(pretrain, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
-        pretrain.train(tmp_path / "cut", SMALL, seed=1, save_every=2)
+        pretrain.train(tmp_path / "cut", SMALL, seed=1, save_every=1)
     monkeypatch.setattr(pretrain, "train_step", real)
-    resumed, tokenizer, facts = pretrain.train(tmp_path / "cut", SMALL, seed=1, save_every=2)
+    resumed, tokenizer, facts = pretrain.train(tmp_path / "cut", SMALL, seed=1, save_every=1)
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert a.equal(b), name
 

@@ -1,7 +1,7 @@
 """How much is learnt, how fast, over seeds: the figures that the README and the notebooks quote.
 
-    python tests/benchmarks/learning.py            # three seeds, about 15 minutes on two cores
-    python tests/benchmarks/learning.py --seeds 1
+    python -m tests.benchmarks.learning               # three seeds, about 14 minutes on two cores
+    python -m tests.benchmarks.learning --resume      # go on after an interruption
 
 Writes one row per run to data/results/foundation.csv and prints means with intervals.
 """
@@ -53,21 +53,39 @@ def summary(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    seeds = range(parser.parse_args().seeds)
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
+    arguments = parser.parse_args()
     os.environ["RLNB_PROFILE"] = "cpu"
-    rows = [base_row()]
-    for seed in seeds:
-        sft = training.sft(seed)
-        rows.append(run_row("SFT", seed, sft))
-        rows.append(run_row("SFT, GRPO", seed, training.grpo(seed, start=sft)))
-        rows.append(run_row("GRPO from base", seed, training.grpo(seed, start="base")))
-        OUT.parent.mkdir(parents=True, exist_ok=True)
-        with OUT.with_suffix(".tmp").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        OUT.with_suffix(".tmp").replace(OUT)
-        summary(rows)
+    rows = read() if arguments.resume and OUT.is_file() else []
+    rows = rows or [base_row()]
+    for seed in range(arguments.seeds):
+        for arm, train in ARMS.items():
+            if not any(r["arm"] == arm and r["seed"] == seed for r in rows):
+                rows.append(run_row(arm, seed, train(seed)))
+                write(rows)
+    summary(rows)
+
+
+ARMS = {
+    "SFT": training.sft,
+    "SFT, GRPO": lambda seed: training.grpo(seed, start=training.find_or_train_sft(seed)),
+    "GRPO from base": lambda seed: training.grpo(seed, start="base"),
+}
+
+
+def read() -> list[dict]:
+    numbers = {"seed": int, "strict": int, "n": int, "correct": int, "train_seconds": float}
+    with OUT.open(newline="", encoding="utf-8") as file:
+        return [r | {k: to(r[k]) for k, to in numbers.items()} for r in csv.DictReader(file)]
+
+
+def write(rows: list[dict]) -> None:
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    with OUT.with_suffix(".tmp").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    OUT.with_suffix(".tmp").replace(OUT)
 
 
 if __name__ == "__main__":
