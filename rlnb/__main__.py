@@ -14,6 +14,7 @@ from rlnb import bootstrap
 from rlnb.bootstrap import ROOT
 
 PROFILES = ("cpu", "gpu", "smoke")
+METHODS = ("sft", "reward_model", "dpo", "kto", "orpo", "grpo")  # training.METHODS, but light
 STAGES = ("lint", "unit", "notebooks", "learning", "plain")
 
 
@@ -62,13 +63,16 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; default: the first three")
 
     train = command("train", _train, "one training run from the command line")
-    train.add_argument("method", choices=("sft", "grpo"))
+    train.add_argument("method", choices=METHODS)
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--profile", choices=PROFILES, help="default: gpu if there is one, else cpu")
-    train.add_argument("--from", dest="start", default="sft", help="base, sft (default) or a run")
+    train.add_argument("--from", dest="start", help="base, sft, or the folder of an adapter")
 
     command("pretrain", _pretrain, "build the practice model from nothing", add_help=False)
-    command("data", _data, "write data/problems/ anew")
+    data = command("data", _data, "write data/problems/ anew")
+    data.add_argument(
+        "--preferences", action="store_true", help="data/preferences/ too: samples an SFT model"
+    )
     return parser
 
 
@@ -109,6 +113,10 @@ def _data(arguments, rest) -> int:
     from rlnb import problems
 
     problems.write_data()
+    if arguments.preferences:
+        from rlnb import preferences, training
+
+        preferences.write(training.collect_responses(), training.RESPONSES)
     return 0
 
 

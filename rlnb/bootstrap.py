@@ -72,6 +72,7 @@ def setup(prefix: Path | None, kind: str | None = None) -> Path:
     was, state = _read_stamp(folder)
     kind = kind or was or "unsloth"
     if was == kind and _complete(folder, version):
+        _add_to_path(python)  # again, for a checkout that has moved
         return python
     afresh = version not in PYTHONS or state == UNFINISHED or was not in (None, kind)
     base = _base_python() if prefix and afresh else None
@@ -86,6 +87,7 @@ def setup(prefix: Path | None, kind: str | None = None) -> Path:
     (folder / STAMP).write_text(f"{kind} {UNFINISHED}")
     for step in STEPS[kind]:
         _pip_install(python, step, folder / "rlnb-setup.log")
+    _add_to_path(python)
     (folder / STAMP).write_text(f"{kind} {_fingerprint(kind, version)}")
     print(f"Ready after {time.monotonic() - began:.0f} s.", flush=True)
     return python
@@ -177,6 +179,16 @@ def _pip_install(python: Path, arguments: tuple[str, ...], log: Path) -> None:
     show_line("")
     if process.returncode:
         sys.exit(f"{' '.join(command)}\nfailed. All of it: {log}. The end:\n\n{''.join(tail)}")
+
+
+def _add_to_path(python: Path) -> None:
+    """Lets what runs in an environment import rlnb from any folder: a kernel of VS Code's, say."""
+    code = (  # for the environment's own Python, which knows where and how it reads such a file
+        "import pathlib, sys, sysconfig\n"
+        "file = pathlib.Path(sysconfig.get_path('purelib'), 'rlnb.pth')\n"
+        "if not file.exists() or file.read_text() != sys.argv[1]: file.write_text(sys.argv[1])"
+    )
+    subprocess.run([str(python), "-c", code, f"{ROOT}\n"], check=True)
 
 
 def show_line(text: str) -> None:

@@ -10,12 +10,13 @@ import re
 import signal
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
 
-from rlnb import runs
+from rlnb import files, runs
 from rlnb.bootstrap import ROOT, show_line
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -25,13 +26,17 @@ KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "nam
 
 @dataclass(frozen=True)
 class Outcome:
-    """One executed notebook. failure: what to print about the cell that failed, "" if none did."""
+    """One executed notebook.
+
+    failure: what to print about the cell that failed, in its first line where; "" if none did.
+    page: the HTML copy, None for a file that is no notebook.
+    """
 
     name: str
     seconds: float
-    page: Path
     failure: str
-    measured: str
+    page: Path | None = None
+    measured: str = ""
 
 
 def main(names: list[str], *, out: Path, write: bool = False) -> int:
@@ -41,6 +46,7 @@ def main(names: list[str], *, out: Path, write: bool = False) -> int:
     Ctrl-C interrupts the cell, sums up what is done and goes on as KeyboardInterrupt.
     """
     paths, outcomes = find(names), []
+    began = time.monotonic()
     try:
         for path in paths:
             outcome = carry_out(path, out.absolute(), write)
@@ -49,7 +55,8 @@ def main(names: list[str], *, out: Path, write: bool = False) -> int:
             print(f"{outcome.name}: {outcome.seconds:.1f} s, {verdict}", flush=True)
     finally:
         if outcomes:
-            print(summary(outcomes), flush=True)
+            total = f"{len(outcomes)} of {len(paths)} in {time.monotonic() - began:.0f} s"
+            print(f"{summary(outcomes)}\n{total}", flush=True)
     return int(any(outcome.failure for outcome in outcomes))
 
 
@@ -73,9 +80,12 @@ def carry_out(path: Path, out: Path, write: bool) -> Outcome:
     """Executes one notebook and writes its copies. Raises KeyboardInterrupt on Ctrl-C."""
     import nbformat
 
-    notebook = nbformat.read(path, as_version=4)
     inside = path.is_relative_to(NOTEBOOKS)
     name = (path.relative_to(NOTEBOOKS) if inside else Path(path.name)).with_suffix("").as_posix()
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except Exception as error:  # nbformat raises many kinds
+        return Outcome(name, 0.0, f"FAILED, no notebook\n  {path}: {error!r:.200}")
     before = {run.id for run in runs.all()}
     began = time.monotonic()
     failure = Execution(notebook, path.parent, name).run()
@@ -84,10 +94,11 @@ def carry_out(path: Path, out: Path, write: bool) -> Outcome:
     if not failure:  # else stderr may say more about it
         clean(notebook)
     page = out / f"{name}.html"
-    replace(page, html(notebook, path))
+    page.parent.mkdir(parents=True, exist_ok=True)
+    files.write(page, html(notebook, path))
     if write and not failure:
-        replace(path, nbformat.writes(notebook) + "\n")
-    return Outcome(name, seconds, page, failure, measured(new))
+        files.write(path, nbformat.writes(notebook) + "\n")
+    return Outcome(name, seconds, failure, page, measured(new))
 
 
 class Execution:
@@ -101,71 +112,109 @@ class Execution:
 
     def run(self) -> str:
         """Executes all cells; what went wrong, or "". Raises KeyboardInterrupt on Ctrl-C."""
+        from nbclient.exceptions import CellExecutionError
+
+        client = self._client()
+        stopped = (CellExecutionError, RuntimeError, asyncio.CancelledError)
+        with _signals_restored(), self._clock():
+            try:
+                client.execute(cwd=str(self.folder), env=self._environment(), cleanup_kc=True)
+            except stopped as error:  # RuntimeError: the kernel died
+                client.km = self.kernel  # nbclient drops one that has not started, and misses it
+                if not self.interrupted:
+                    return self._describe(error)
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return ""
+
+    def _client(self):
         from jupyter_client import AsyncKernelManager
         from jupyter_client.kernelspec import KernelSpecManager
         from nbclient import NotebookClient
-        from nbclient.exceptions import CellExecutionError
+
+        class Client(NotebookClient):
+            async def async_start_new_kernel(client, **options):
+                # nbclient has just set handlers, which kill the kernel and call that a failure.
+                self._catch_signals()
+                await super().async_start_new_kernel(**options)
 
         # Without folders to look in, the one kernel that is found is the one of this Python.
         self.kernel = AsyncKernelManager(
             kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), transport_encryption="auto"
         )
-        client = NotebookClient(
+        return Client(
             self.notebook,
             km=self.kernel,
+            startup_timeout=600,  # seconds, for a busy machine; if the kernel dies it waits no more
             timeout=None,
             record_timing=False,
-            on_notebook_start=self._on_start,
             on_cell_execute=self._on_cell,
         )
-        done = threading.Event()
-        clock = threading.Thread(target=self._tick, args=(done, time.monotonic()), daemon=True)
-        clock.start()
-        try:
-            client.execute(cwd=str(self.folder), env=self._environment(), cleanup_kc=True)
-        except (CellExecutionError, RuntimeError) as error:  # the latter if the kernel died
-            if not self.interrupted:
-                return self._describe(error)
-        finally:
-            done.set()
-            clock.join()
-            show_line("")
-        if self.interrupted:
-            raise KeyboardInterrupt
-        return ""
 
     def _environment(self) -> dict[str, str]:
         given = {"PYTHONPATH": str(ROOT), "RLNB_NOTEBOOK": self.name}
         return {**os.environ, **given, "RLNB_RUNS": str(runs.root().absolute())}
 
-    def _on_start(self, notebook) -> None:
-        """Has Ctrl-C interrupt the cell, which ends its run properly, and a second one kill it."""
+    def _catch_signals(self) -> None:
+        """Has Ctrl-C interrupt the cell, which ends its run properly, and a second one kill it.
+
+        While the kernel still starts, the first one takes effect at the first cell.
+        """
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
 
         def stop() -> None:
             if self.interrupted:
                 task.cancel()
+            elif self.number:
+                self.stopping = asyncio.ensure_future(self.kernel.interrupt_kernel())
             self.interrupted = True
-            self.stopping = asyncio.ensure_future(self.kernel.interrupt_kernel())
 
         with suppress(NotImplementedError):  # on Windows Ctrl-C ends the loop instead
-            loop.add_signal_handler(signal.SIGINT, stop)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, stop)
 
     def _on_cell(self, cell, cell_index) -> None:
         if self.interrupted:
-            raise RuntimeError("the cell before this one has caught the interrupt")
+            raise RuntimeError("interrupted before this cell")
         self.number += 1
 
-    def _tick(self, done: threading.Event, began: float) -> None:
-        while not done.wait(1):
-            seconds = time.monotonic() - began
-            show_line(f"{self.name}: cell {self.number}/{len(self.cells)}, {seconds:.0f} s")
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        """Shows each second where the execution is."""
+        done, began = threading.Event(), time.monotonic()
+
+        def tick() -> None:
+            while not done.wait(1):
+                seconds = time.monotonic() - began
+                show_line(f"{self.name}: cell {self.number}/{len(self.cells)}, {seconds:.0f} s")
+
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            show_line("")
 
     def _describe(self, error: BaseException) -> str:
-        lines = self.cells[max(self.number, 1) - 1].source.splitlines()
-        shown = indent("\n".join([*lines[:5], *["..."] * (len(lines) > 5)]), "    ")
         what = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
+        if not self.number:
+            return f"FAILED before the first cell\n  {what}"
+        lines = self.cells[self.number - 1].source.splitlines()
+        shown = indent("\n".join([*lines[:5], *["..."] * (len(lines) > 5)]), "    ")
         return f"FAILED in cell {self.number} of {len(self.cells)}\n{shown}\n  {what}"
+
+
+@contextmanager
+def _signals_restored() -> Iterator[None]:
+    """nbclient leaves its handlers behind where a kernel does not start."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def clean(notebook) -> None:
@@ -215,14 +264,6 @@ def html(notebook, path: Path) -> str:
     return page
 
 
-def replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def measured(new: list[runs.Run]) -> str:
     """The headline of some runs: strict accuracy, where a run has measured it."""
     scores = [(run.method, run.get("result.strict.k"), run.get("result.strict.n")) for run in new]
@@ -233,8 +274,8 @@ def summary(outcomes: list[Outcome]) -> str:
     """A table of what was executed, with where the copies are."""
     rows = [("notebook", "seconds", "", "strict accuracy of its runs", "copy")]
     for o in outcomes:
-        verdict = "FAILED" if o.failure else "ok"
-        rows.append((o.name, f"{o.seconds:.1f}", verdict, o.measured, o.page.as_uri()))
+        verdict, copy = o.failure.split("\n")[0] or "ok", o.page.as_uri() if o.page else ""
+        rows.append((o.name, f"{o.seconds:.1f}", verdict, o.measured, copy))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n" + "\n".join(
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()

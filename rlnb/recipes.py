@@ -113,7 +113,7 @@ class GRPO(Recipe):
 
     method: ClassVar[str] = "grpo"
     learning_rate: float = 2e-3
-    steps: int = 110
+    steps: int = 90
     batch: int = 64  # completions per step = prompts x group
     group: int = 8  # completions per prompt (num_generations)
     temperature: float = 1.0
@@ -143,24 +143,95 @@ class GRPO(Recipe):
         )
 
 
+@dataclass(frozen=True)
+class Pairs(Recipe):
+    """What learns from pairs of a chosen and a rejected completion. ``batch`` counts pairs."""
+
+    pairs: int = 512
+
+    def trl(self, folder: str | Path, seed: int) -> dict:
+        return super().trl(folder, seed) | dict(max_length=512, disable_dropout=True)
+
+
+@dataclass(frozen=True)
+class RewardModel(Pairs):
+    """A reward model under the Bradley-Terry model: loss -log sigmoid(r_chosen - r_rejected)."""
+
+    method: ClassVar[str] = "reward_model"
+    learning_rate: float = 2e-3
+    steps: int = 64
+    batch: int = 32
+
+    def trl(self, folder: str | Path, seed: int) -> dict:
+        return super().trl(folder, seed) | dict(center_rewards_coefficient=None)
+
+
+@dataclass(frozen=True)
+class DPO(Pairs):
+    """Direct preference optimization (arXiv 2305.18290)."""
+
+    method: ClassVar[str] = "dpo"
+    learning_rate: float = 2e-4
+    steps: int = 64
+    batch: int = 16
+    beta: float = 0.1
+
+    def trl(self, folder: str | Path, seed: int) -> dict:
+        return super().trl(folder, seed) | dict(beta=self.beta, loss_type=["sigmoid"])
+
+
+@dataclass(frozen=True)
+class KTO(Pairs):
+    """Kahneman-Tversky optimization (arXiv 2402.01306). ``batch`` counts labelled completions."""
+
+    method: ClassVar[str] = "kto"
+    learning_rate: float = 2e-4
+    steps: int = 64
+    batch: int = 32
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def trl(self, folder: str | Path, seed: int) -> dict:
+        # Sequential, because TRL pairs every completion with its neighbour's prompt to estimate the KL.
+        return super().trl(folder, seed) | dict(
+            beta=self.beta, loss_type="kto", desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight, train_sampling_strategy="sequential",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ORPO(Pairs):
+    """Odds ratio preference optimization (arXiv 2403.07691); beta is the paper's lambda."""
+
+    method: ClassVar[str] = "orpo"
+    learning_rate: float = 2e-3
+    steps: int = 64
+    batch: int = 16
+    beta: float = 0.1
+
+    def trl(self, folder: str | Path, seed: int) -> dict:
+        return super().trl(folder, seed) | dict(beta=self.beta)
+
+
 _GPU = dict(rank=32, alpha=32, max_new_tokens=256, test_problems=500)
 _SMOKE = dict(steps=2, batch=16, test_problems=16, max_new_tokens=32)
+
+
+def _profiles(method: type[Recipe], gpu: dict, smoke: dict, **cpu) -> dict[str, Recipe]:
+    return {"cpu": method(**cpu), "gpu": method(**_GPU | gpu), "smoke": method(**_SMOKE | smoke)}
+
+
+_GRPO_GPU = dict(learning_rate=2e-5, batch=64, accumulate=4)
+_PAIRS_GPU = dict(steps=96, batch=16, accumulate=2)
 RECIPES: dict[str, dict[str, Recipe]] = {
-    "sft": {
-        "cpu": SFT(),
-        "gpu": SFT(**_GPU, learning_rate=2e-4, steps=32, batch=16, demonstrations=256),
-        "smoke": SFT(**_SMOKE, demonstrations=16),
-    },
-    "grpo_from_base": {
-        "cpu": GRPO(),
-        "gpu": GRPO(**_GPU, learning_rate=2e-5, steps=200, batch=64, accumulate=4),
-        "smoke": GRPO(**_SMOKE, group=4),
-    },
-    "grpo": {
-        "cpu": GRPO(),
-        "gpu": GRPO(**_GPU, learning_rate=2e-5, steps=150, batch=64, accumulate=4),
-        "smoke": GRPO(**_SMOKE, group=4),
-    },
+    "sft": _profiles(SFT, dict(learning_rate=2e-4, demonstrations=256), dict(demonstrations=16)),
+    "reward_model": _profiles(RewardModel, _PAIRS_GPU | dict(learning_rate=1e-4), dict(pairs=32)),
+    "dpo": _profiles(DPO, _PAIRS_GPU | dict(learning_rate=5e-6), dict(pairs=32)),
+    "kto": _profiles(KTO, _PAIRS_GPU | dict(learning_rate=5e-6), dict(pairs=32)),
+    "orpo": _profiles(ORPO, _PAIRS_GPU | dict(learning_rate=5e-5), dict(pairs=32)),
+    "grpo_from_base": _profiles(GRPO, _GRPO_GPU | dict(steps=200), dict(group=4), steps=110),
+    "grpo": _profiles(GRPO, _GRPO_GPU | dict(steps=150), dict(group=4)),
 }
 
 

@@ -5,35 +5,29 @@
         curve.jsonl    one line per log: step, seconds since the start, and the numbers logged
         adapter/       the LoRA adapter, if the run saved one
 
-`run.json` is replaced whole, so a reader sees the old one or the new one. JSON has no NaN and no
-infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", which `float` takes.
+`run.json` is replaced whole, so a reader sees the old one or the new one. How values become JSON,
+which has no NaN, is in rlnb/values.py.
 """
 
 import itertools
 import json
-import math
 import os
-import platform
 import re
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, is_dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rlnb import __version__
+from rlnb import files, machine
+from rlnb.values import Table, fits_a_cell, jsonable, number, read_rows
 
 SCHEMA = 1  # of run.json; a reader skips what it does not know
-PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "datasets",
-            "accelerate", "vllm")  # fmt: skip
 COLUMNS = ("id", "method", "model", "status", "seed", "labels", "seconds", "train_seconds",
            "peak_memory_mb")  # fmt: skip
-_SECRET = re.compile(r"(hub_token|api_key|password|secret)$")
 
 
 @dataclass(eq=False, repr=False)
@@ -99,7 +93,7 @@ class Run:
     def log(self, step: int | None = None, **values: float) -> None:
         """Appends one line of numbers to the curve, at once. TypeError for a value that is none."""
         for name, value in values.items():
-            if _number(value) is None:
+            if number(value) is None:
                 raise TypeError(f"log: {name}={value!r} is no number; results go to finish().")
         self._append(step, values)
 
@@ -134,24 +128,13 @@ class Run:
 
     def curve(self) -> list[dict[str, float]]:
         """The lines of curve.jsonl as dicts of numbers; lines cut off by a crash are left out."""
-        path = self.folder / "curve.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        rows, broken = [], []
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                rows.append({k: float(v) if isinstance(v, str) else v for k, v in row.items()})
-            except (AttributeError, ValueError):
-                broken.append(number)
-        if broken:
-            warnings.warn(f"{path}: skipped broken line(s) {broken}", stacklevel=2)
-        return rows
+        return read_rows(self.folder / "curve.jsonl")
 
     def _append(self, step: int | None, values: Mapping[str, Any]) -> None:
         row = {"step": step} if step is not None else {}
         if self._began is not None:
             row["seconds"] = round(time.perf_counter() - self._began, 3)
-        row |= {k: number for k, v in values.items() if (number := _number(v)) is not None}
+        row |= {k: plain for k, v in values.items() if (plain := number(v)) is not None}
         with (self.folder / "curve.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
 
@@ -164,19 +147,14 @@ class Run:
     def _measure(self) -> None:
         if self.status == "running" and self._began is not None:
             self.seconds = round(time.perf_counter() - self._began, 3)
-            self.peak_memory_mb = _peak_memory_mb()
-            self.peak_gpu_memory_mb, self.machine["gpu"] = _gpu()
+            self.peak_memory_mb = machine.peak_memory_mb()
+            self.peak_gpu_memory_mb, self.machine["gpu"] = machine.gpu()
 
     def _save(self) -> None:
         self._measure()
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "folder"}
         text = json.dumps({"schema": SCHEMA, **jsonable(data)}, indent=1, allow_nan=False)
-        partial = self.folder / f".run.json.{os.getpid()}"
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut may leave an empty file under the new name
-        partial.replace(self.folder / "run.json")
+        files.write(self.folder / "run.json", text + "\n")
 
 
 # --- start and find ------------------------------------------------------------------------------
@@ -242,11 +220,11 @@ def _create(method: str, **asked: Any) -> Run:
     folder = root() / f".{name}.{os.urandom(4).hex()}"
     folder.mkdir(parents=True)
     run = Run(name, folder, method, now.isoformat(), **asked)
-    run.versions, run.process = _versions(), _process()
-    run.machine = {"platform": platform.platform(), "cpus": os.cpu_count()}
-    _reset_peak_memory()
+    run.versions, run.machine = machine.versions(), machine.describe()
+    run.process = machine.process()
+    machine.reset_peak_memory()
     run._began = time.perf_counter()
-    for number in itertools.count(2):
+    for again in itertools.count(2):
         run._save()
         try:
             run.folder = folder.rename(root() / run.id)
@@ -254,21 +232,22 @@ def _create(method: str, **asked: Any) -> Run:
         except OSError:  # another run has that name
             if not (root() / run.id).exists():
                 raise
-            run.id = f"{name}-{number}"
+            run.id = f"{name}-{again}"
     return run
 
 
 def all() -> list[Run]:
-    """Every run, newest first. What is no run is skipped, with one warning for all."""
-    found, skipped = [], []
-    for folder in root().iterdir() if root().is_dir() else ():
-        if folder.is_dir() and not folder.name.startswith("."):
-            try:
-                found.append(_read(folder))
-            except (OSError, TypeError, ValueError) as error:
-                skipped.append(f"{folder.name} ({error})")
-    if skipped:
-        warnings.warn(f"{root()}: skipped what is no run: {'; '.join(skipped)}", stacklevel=2)
+    """Every run, newest first. Those with a broken run.json are skipped, with one warning for all;
+    a folder without one is no run.
+    """
+    found, broken = [], []
+    for path in root().glob("[!.]*/run.json"):
+        try:
+            found.append(_read(path.parent))
+        except (OSError, TypeError, ValueError) as error:
+            broken.append(f"{path.parent.name} ({error})")
+    if broken:
+        warnings.warn(f"{root()}: skipped broken run(s): {'; '.join(broken)}", stacklevel=2)
     return sorted(found, key=lambda run: (run.started, run.id), reverse=True)
 
 
@@ -293,45 +272,14 @@ def latest(*, status: str | None = "done", **filters: Any) -> Run | None:
 
 
 def _read(folder: Path) -> Run:
-    path = folder / "run.json"
-    if not path.is_file():
-        raise ValueError("no run.json")
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ValueError(f"run.json is not of schema {SCHEMA}")
     known = {f.name: data[f.name] for f in fields(Run) if f.name in data}
     run = Run(**{**known, "id": folder.name, "folder": folder})
-    if run.status == "running" and not _alive(run.process):
+    if run.status == "running" and not machine.alive(run.process):
         run.status = "lost"
     return run
-
-
-class Table(list):
-    """A list of dicts, one per run, that shows itself as a table in text and in a notebook."""
-
-    def _cells(self) -> list[list[str]]:
-        return [[_cell(value) for value in row.values()] for row in self]
-
-    def __str__(self) -> str:
-        if not self:
-            return "no runs"
-        lines = [list(self[0]), *self._cells()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
-        return "\n".join("  ".join(line).rstrip() for line in padded)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        def line(tag: str, cells: Iterable[str]) -> str:
-            return "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-        if not self:
-            return "<p>no runs</p>"
-        body = "".join(line("td", cells) for cells in self._cells())
-        return f"<table><thead>{line('th', self[0])}</thead><tbody>{body}</tbody></table>"
 
 
 def table(runs: Iterable[Run] | None = None, columns: Iterable[str] | None = None) -> Table:
@@ -342,128 +290,8 @@ def table(runs: Iterable[Run] | None = None, columns: Iterable[str] | None = Non
     """
     runs = all() if runs is None else list(runs)
     if columns is None:
-        flat = [k for run in runs for k, v in run.result.items() if _flat(v)]
+        flat = [k for run in runs for k, v in run.result.items() if fits_a_cell(v)]
         results = dict.fromkeys(f"result.{key}" for key in flat)
         columns = [c for c in (*COLUMNS, *results) if any(run.get(c) is not None for run in runs)]
     columns = list(columns)
     return Table({name: run.get(name) for name in columns} for run in runs)
-
-
-def _flat(value: Any) -> bool:
-    return _is_proportion(value) or not isinstance(value, Mapping | list)
-
-
-def _is_proportion(value: Any) -> bool:
-    return isinstance(value, Mapping) and set(value) == {"k", "n"} and value["n"] > 0
-
-
-def _cell(value: Any) -> str:
-    if _is_proportion(value):
-        return f"{100 * value['k'] / value['n']:.1f} % of {value['n']}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else str(value)
-
-
-# --- values and the machine ----------------------------------------------------------------------
-
-
-def jsonable(value: Any) -> Any:
-    """A value as JSON can hold it.
-
-    Dataclasses and mappings become dicts, sets sorted lists, functions and classes their names,
-    enums their values, NaN and infinities strings, and the rest (paths, dtypes) text. Mappings
-    lose what looks like a credential.
-    """
-    if isinstance(value, Enum):
-        return jsonable(value.value)
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        names = {math.inf: "Infinity", -math.inf: "-Infinity"}
-        return float(value) if math.isfinite(value) else names.get(value, "NaN")
-    if is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): "<hidden>" if v and _SECRET.search(str(k)) else jsonable(v)
-                for k, v in value.items()}  # fmt: skip
-    if isinstance(value, set | frozenset):
-        value = sorted(value, key=str)
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    if (number := _number(value)) is not None:
-        return jsonable(number)
-    return getattr(value, "__name__", None) or str(value)[:200]
-
-
-def _number(value: Any) -> float | int | None:
-    """A Python number for a number, a numpy scalar or a tensor of one element, else None."""
-    if hasattr(value, "item"):
-        with suppress(RuntimeError, ValueError):
-            value = value.item()
-    return value if isinstance(value, int | float) else None
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version(), "rlnb": __version__}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def _process() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": platform.node(), "born": _born(os.getpid())}
-
-
-def _alive(process: Mapping[str, Any]) -> bool:
-    """Whether a run's process still lives; a process of another machine gets the benefit."""
-    if process.get("host") != platform.node():
-        return True
-    return process.get("born") is not None and _born(process["pid"]) == process["born"]
-
-
-def _born(pid: int) -> str | None:
-    """When a process started, which tells it from a later one of the same number; None if dead."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if boot.is_file():  # Linux: ticks since a named boot, so a changed clock does not matter
-        with suppress(OSError):
-            state, *stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            return None if state in "ZX" else f"{boot.read_text().strip()}:{stat[18]}"
-        return None
-    import psutil
-
-    with suppress(psutil.Error):
-        return f"{psutil.Process(pid).create_time():.0f}"
-    return None
-
-
-def _peak_memory_mb() -> float:
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return round(psutil.Process().memory_info().peak_wset / 2**20, 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)  # bytes there, else KiB
-
-
-def _gpu() -> tuple[float | None, str | None]:
-    """(peak MB of torch's allocator, name of the GPU), without importing torch or waking CUDA.
-
-    Untested on a GPU until tests/gpu has run on one.
-    """
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return None, None
-    return round(torch.cuda.max_memory_allocated() / 2**20, 1), torch.cuda.get_device_name()
-
-
-def _reset_peak_memory() -> None:
-    with suppress(OSError):  # Linux only: lets a second run in one kernel have a peak of its own
-        Path("/proc/self/clear_refs").write_text("5")
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()

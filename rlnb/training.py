@@ -2,14 +2,27 @@
 line, the benchmarks and every notebook that starts from an earlier result.
 
     python -m rlnb train sft --seed 1
+    python -m rlnb train dpo
     python -m rlnb train grpo --from base
+
+Every function returns its run, done, with the adapter saved and the held-out result in it. ``start``
+is "base", "sft" (the latest SFT run of the same model and seed, or one made now), a run, or the
+folder of a saved adapter.
 """
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rlnb import datasets, evaluate, models, problems, recipes, rewards, runs
+from rlnb import datasets, evaluate, models, preferences, problems, recipes, rewards, runs
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+RESPONSES = problems.DATA.parent / "preferences" / "responses.jsonl"
+PROMPTS, HELD_OUT_PROMPTS = 1024, 192  # the last of them: reward models are judged on their pairs
+Start = str | Path | runs.Run
 
 
 def held_out(recipe: recipes.Recipe) -> list[problems.Problem]:
@@ -17,7 +30,40 @@ def held_out(recipe: recipes.Recipe) -> list[problems.Problem]:
     return problems.load("id")[: recipe.test_problems]
 
 
-def carry_out(run: runs.Run, trainer, recipe: recipes.Recipe) -> evaluate.Report:
+def collect_responses(seed: int = 0, n: int = 6) -> list[preferences.Row]:
+    """n samples of the SFT model to each of some training prompts, made now."""
+    run = find_or_train_sft(seed)
+    model, tokenizer = models.load_model(recipes.model_name(), lora=run.adapter)
+    count = 32 if recipes.profile() == "smoke" else PROMPTS
+    return preferences.collect(
+        model, tokenizer, problems.load("train")[:count], n, seed=seed, system=recipes.system(),
+        max_new_tokens=recipes.recipe("sft").max_new_tokens,
+    )  # fmt: skip
+
+
+def responses(seed: int = 0) -> list[preferences.Row]:
+    """What the annotators compare: responses of the SFT model, so that pairs are on-policy.
+
+    Those of the practice model ship (data/preferences); another model's are sampled once and kept
+    with its SFT run.
+    """
+    file = RESPONSES
+    if recipes.model_name() != "abacus-3m":
+        file = find_or_train_sft(seed).folder / "responses.jsonl"
+        if not file.is_file():
+            preferences.write(collect_responses(seed), file)
+    return preferences.read(file)
+
+
+def gold_pairs(held_out: bool = False, seed: int = 0) -> "Dataset":
+    """One pair of each prompt, compared by the verifier: of the training or the held-out prompts."""
+    rows = responses(seed)
+    cut = len(rows) - round(len(rows) * HELD_OUT_PROMPTS / PROMPTS)
+    rows = rows[cut:] if held_out else rows[:cut]
+    return preferences.pairs(preferences.annotate(rows, preferences.Gold()), "random")[0]
+
+
+def carry_out(run: runs.Run, trainer: Any, recipe: recipes.Recipe) -> evaluate.Report:
     """Trains, saves the adapter, measures on held-out problems and completes the run's record."""
     with run.timer("train"):
         trainer.train()
@@ -30,21 +76,121 @@ def carry_out(run: runs.Run, trainer, recipe: recipes.Recipe) -> evaluate.Report
     return report
 
 
-def sft(seed: int = 0, recipe: recipes.SFT | None = None) -> runs.Run:
-    """Supervised fine-tuning of the base on a few demonstrations (notebook 02)."""
+# --- methods -------------------------------------------------------------------------------------
+
+
+def sft(
+    seed: int = 0, recipe: recipes.SFT | None = None, data: "Dataset | None" = None
+) -> runs.Run:
+    """Supervised fine-tuning of the base (notebook 02) on prompts and completions, by default some
+    of the demonstrations.
+    """
     recipe = recipe or recipes.recipe("sft")
-    lora = models.LoRA(rank=recipe.rank, alpha=recipe.alpha)
-    model, tokenizer = models.load_model(recipes.model_name(), lora=lora, seed=seed)
+    if data is None:
+        demos = datasets.subset(problems.load("demonstrations"), recipe.demonstrations, seed)
+        data = datasets.prompt_completion(demos, recipes.system())
+    model, tokenizer, _ = _policy(recipe, seed, "base")
     from trl import SFTConfig, SFTTrainer
 
-    demos = datasets.subset(problems.load("demonstrations"), recipe.demonstrations, seed)
-    with runs.start(
-        "sft", model=recipes.model_name(), config=recipe, seed=seed, labels=len(demos)
-    ) as run:
+    with _start(recipe, seed, labels=len(data)) as run:
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(**recipe.trl(run.folder, seed)),
-            train_dataset=datasets.prompt_completion(demos, recipes.system()),
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[run.callback()],
+        )
+        carry_out(run, trainer, recipe)
+    return run
+
+
+def reward_model(
+    seed: int = 0, recipe: recipes.RewardModel | None = None, pairs: "Dataset | None" = None
+) -> runs.Run:
+    """A reward model (notebook 03) from pairs, by default the verifier's; judged on held-out ones."""
+    from rlnb import reward_models
+
+    recipe = recipe or recipes.recipe("reward_model")
+    pairs = _some(pairs, recipe, seed)
+    lora = models.LoRA(rank=recipe.rank, alpha=recipe.alpha)
+    model, tokenizer = reward_models.load(recipes.model_name(), lora, seed=seed)
+    from trl import RewardConfig, RewardTrainer
+
+    with _start(recipe, seed, labels=len(pairs)) as run:
+        trainer = RewardTrainer(
+            model=model,
+            args=RewardConfig(**recipe.trl(run.folder, seed)),
+            train_dataset=pairs,
+            processing_class=tokenizer,
+            callbacks=[run.callback()],
+        )
+        with run.timer("train"):
+            trainer.train()
+        models.save_adapter(model, run.adapter)
+        report = reward_models.judge_pairs(model, tokenizer, gold_pairs(held_out=True, seed=seed))
+        run.finish(pair_accuracy=report.accuracy, pair_loss=report.loss)
+    return run
+
+
+def dpo(
+    seed: int = 0, recipe: recipes.DPO | None = None, start: Start = "sft",
+    pairs: "Dataset | None" = None,
+) -> runs.Run:  # fmt: skip
+    """DPO (notebook 05) on pairs, by default the verifier's."""
+    recipe = recipe or recipes.recipe("dpo")
+    pairs = _some(pairs, recipe, seed)
+    model, tokenizer, parent = _policy(recipe, seed, start)
+    from trl import DPOConfig, DPOTrainer
+
+    with _start(recipe, seed, labels=len(pairs), parent=parent) as run:
+        trainer = DPOTrainer(
+            model=model,
+            args=DPOConfig(**recipe.trl(run.folder, seed)),
+            train_dataset=pairs,
+            processing_class=tokenizer,
+            callbacks=[run.callback()],
+        )
+        carry_out(run, trainer, recipe)
+    return run
+
+
+def kto(
+    seed: int = 0, recipe: recipes.KTO | None = None, start: Start = "sft",
+    labels: "Dataset | None" = None,
+) -> runs.Run:  # fmt: skip
+    """KTO (notebook 06) on completions labelled good or bad, by default both sides of DPO's pairs."""
+    recipe = recipe or recipes.recipe("kto")
+    labels = labels or preferences.unpair(_some(None, recipe, seed), seed)
+    model, tokenizer, parent = _policy(recipe, seed, start)
+    from trl import KTOConfig, KTOTrainer
+
+    with _start(recipe, seed, labels=len(labels), parent=parent) as run:
+        trainer = KTOTrainer(
+            model=model,
+            args=KTOConfig(**recipe.trl(run.folder, seed)),
+            train_dataset=labels,
+            processing_class=tokenizer,
+            callbacks=[run.callback()],
+        )
+        carry_out(run, trainer, recipe)
+    return run
+
+
+def orpo(
+    seed: int = 0, recipe: recipes.ORPO | None = None, start: Start = "base",
+    pairs: "Dataset | None" = None,
+) -> runs.Run:  # fmt: skip
+    """ORPO (notebook 07) on pairs, from the base: imitation and preference in one stage."""
+    recipe = recipe or recipes.recipe("orpo")
+    pairs = _some(pairs, recipe, seed)
+    model, tokenizer, parent = _policy(recipe, seed, start)
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    with _start(recipe, seed, labels=len(pairs), parent=parent) as run:
+        trainer = ORPOTrainer(
+            model=model,
+            args=ORPOConfig(**recipe.trl(run.folder, seed)),
+            train_dataset=pairs,
             processing_class=tokenizer,
             callbacks=[run.callback()],
         )
@@ -53,31 +199,22 @@ def sft(seed: int = 0, recipe: recipes.SFT | None = None) -> runs.Run:
 
 
 def grpo(
-    seed: int = 0,
-    recipe: recipes.GRPO | None = None,
-    start: str | Path | runs.Run = "sft",
+    seed: int = 0, recipe: recipes.GRPO | None = None, start: Start = "sft",
     reward_weights: dict[Callable, float] | None = None,
-) -> runs.Run:
-    """GRPO (notebook 08) from "base", from "sft", from a run or from a saved adapter's folder.
+) -> runs.Run:  # fmt: skip
+    """GRPO (notebook 08) on prompts and a checker.
 
-    "sft" is the latest SFT run of the same model and seed, or one made now. reward_weights gives a
-    weight to each reward function; default: the checker at 1 and the format at recipe.format_weight.
+    reward_weights gives a weight to each reward function; default: the checker at 1 and the format
+    at recipe.format_weight.
     """
     recipe = recipe or recipes.recipe("grpo_from_base" if start == "base" else "grpo")
-    parent = find_or_train_sft(seed) if start == "sft" else start
-    parent = None if start == "base" else parent
-    adapter = getattr(parent, "adapter", parent)
-    lora = adapter or models.LoRA(rank=recipe.rank, alpha=recipe.alpha)
-    model, tokenizer = models.load_model(recipes.model_name(), lora=lora, seed=seed)
+    model, tokenizer, parent = _policy(recipe, seed, start)
     from trl import GRPOConfig, GRPOTrainer
 
     from rlnb import sampling
 
     weights = reward_weights or {rewards.correctness: 1.0, rewards.format: recipe.format_weight}
-    with runs.start(
-        "grpo", model=recipes.model_name(), config=recipe, seed=seed,
-        parent=parent and str(getattr(parent, "id", parent)),
-    ) as run:  # fmt: skip
+    with _start(recipe, seed, parent=parent) as run:
         trainer = GRPOTrainer(
             model=model,
             args=GRPOConfig(**recipe.trl(run.folder, seed), reward_weights=list(weights.values())),
@@ -91,25 +228,58 @@ def grpo(
     return run
 
 
+METHODS = {f.__name__: f for f in (sft, reward_model, dpo, kto, orpo, grpo)}
+FROM_ANYWHERE = ("dpo", "kto", "orpo", "grpo")  # the others start from the base
+
+
 def find_or_train_sft(seed: int = 0) -> runs.Run:
     """The latest finished SFT run of this model, profile and seed with the usual settings and with
     its adapter still there; trains one if there is none.
     """
-    usual = runs.jsonable(recipes.recipe("sft"))
-    found = runs.find(
-        method="sft",
-        model=recipes.model_name(),
-        profile=recipes.profile(),
-        seed=seed,
-        status="done",
-    )
-    fit = (run for run in found if run.config == usual and run.adapter.is_dir())
-    return next(fit, None) or sft(seed)
+    return _find("sft", seed) or sft(seed)
+
+
+def find_or_train_reward_model(seed: int = 0) -> runs.Run:
+    """The same for the reward model of the verifier's pairs."""
+    return _find("reward_model", seed) or reward_model(seed)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """``python -m rlnb train``: one run; prints its line of the registry."""
-    sft_only = arguments.method == "sft"
-    run = sft(arguments.seed) if sft_only else grpo(arguments.seed, start=arguments.start)
-    print(runs.table([run]))
+    options = {"start": arguments.start} if arguments.start else {}
+    if options and arguments.method not in FROM_ANYWHERE:
+        raise SystemExit(f"{arguments.method} starts from the base: leave --from out.")
+    print(runs.table([METHODS[arguments.method](arguments.seed, **options)]))
     return 0
+
+
+# --- what they share -----------------------------------------------------------------------------
+
+
+def _policy(recipe: recipes.Recipe, seed: int, start: Start) -> tuple[Any, Any, str | None]:
+    """The model with its adapter, the tokenizer, and what the adapter came from (None: the base)."""
+    if isinstance(start, str) and start == "sft":
+        start = find_or_train_sft(seed)
+    adapter = None if start == "base" else getattr(start, "adapter", start)
+    lora = adapter or models.LoRA(rank=recipe.rank, alpha=recipe.alpha)
+    model, tokenizer = models.load_model(recipes.model_name(), lora=lora, seed=seed)
+    return model, tokenizer, adapter and str(getattr(start, "id", start))
+
+
+def _start(recipe: recipes.Recipe, seed: int, **asked: Any):
+    return runs.start(recipe.method, model=recipes.model_name(), config=recipe, seed=seed, **asked)
+
+
+def _some(pairs: "Dataset | None", recipe: recipes.Pairs, seed: int) -> "Dataset":
+    """As many of the pairs (default: the verifier's) as the recipe has a budget for, or all there are."""
+    pairs = pairs or gold_pairs(seed=seed)
+    return datasets.subset(pairs, min(recipe.pairs, len(pairs)), seed)
+
+
+def _find(method: str, seed: int) -> runs.Run | None:
+    usual = runs.jsonable(recipes.recipe(method))
+    found = runs.find(
+        method=method, model=recipes.model_name(), profile=recipes.profile(), seed=seed,
+        status="done",
+    )  # fmt: skip
+    return next((run for run in found if run.config == usual and run.adapter.is_dir()), None)

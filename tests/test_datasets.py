@@ -1,5 +1,6 @@
 """rlnb.datasets: TRL's shapes, subsets, and errors that name the row, the field and the value."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from rlnb import datasets, problems
+from tests import tiny
 
 USER = {"role": "user", "content": "How many?"}
 ANSWER = {"role": "assistant", "content": "5"}
@@ -110,3 +112,210 @@ def test_an_empty_data_set_and_an_unknown_shape():
         datasets.prompts([])
     with pytest.raises(ValueError, match="no shape 'pairs'; there are prompt-completion, prompts"):
         datasets.validate([GOOD], "pairs")
+
+
+PAIR = {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER | {"content": "6"}]}
+LABELLED = [GOOD | {"label": True}, GOOD | {"label": False}]
+
+
+# --- preferences ---------------------------------------------------------------------------------
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_pairs_and_labels_from_texts():
+    pairs = datasets.preference(
+        [{"prompt": [USER], "chosen": "5", "rejected": "6", "id": "a"}, PAIR | {"id": "b"}]
+    )
+    assert pairs[0] == pairs[1] | {"id": "a"} == PAIR | {"id": "a"}
+    labels = datasets.unpaired(
+        [{"prompt": "How many?", "completion": "5", "label": x} for x in (True, False)]
+    )
+    assert labels[:]["label"] == [True, False]
+    assert labels[1] == GOOD | {"label": False}
+
+
+def test_trl_renders_them_as_it_does_its_own():
+    from trl.data_utils import is_conversational, maybe_apply_chat_template
+
+    tokens = tiny.tokenizer()
+    pairs, labels = datasets.preference([PAIR]), datasets.unpaired(LABELLED)
+    assert is_conversational(pairs[0]) and is_conversational(labels[0])
+    head = "<|user|>How many?<|assistant|>"
+    assert maybe_apply_chat_template(pairs[0], tokens) == {
+        "prompt": head, "chosen": "5<|end|>", "rejected": "6<|end|>",
+    }  # fmt: skip
+    assert maybe_apply_chat_template(labels[1], tokens) == {
+        "prompt": head, "completion": "5<|end|>", "label": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (
+            {"prompt": [USER], "chosen": [ANSWER]},
+            ": no column 'rejected', there are prompt, chosen;",
+        ),
+        (PAIR | {"rejected": [ANSWER]}, ": chosen and rejected are both '5'"),
+        (
+            PAIR | {"prompt": [USER | {"content": ""}]},
+            ", prompt, message 0, content: '' is no text",
+        ),
+        (PAIR | {"prompt": []}, ", prompt: [] is not a list of messages"),
+        (PAIR | {"chosen": [USER, ANSWER]}, ", chosen: the roles are user, assistant, not one"),
+        (PAIR | {"rejected": [USER]}, ", rejected: the roles are user, not one assistant"),
+        (PAIR | {"prompt": [USER, ANSWER]}, ", prompt: the roles are user, assistant, not [sys"),
+        (PAIR | {"chosen": None}, ", chosen: None is not a list of messages"),
+        ([PAIR], "is not an object with columns"),
+    ],
+)
+def test_a_bad_pair_is_named(row, says, tmp_path):
+    with pytest.raises(ValueError, match=r"^row 1\b.*" + re.escape(says)):
+        datasets.validate([PAIR, row], "preference")
+    path = lines(tmp_path / "pairs.jsonl", [PAIR, row])
+    with pytest.raises(ValueError, match=r"^pairs\.jsonl, line 2\b.*" + re.escape(says)):
+        datasets.read(path, "preference")
+
+
+@pytest.mark.parametrize("label", [1, 0, "true", None, "yes", [True]])
+def test_a_label_must_be_a_boolean(label):
+    with pytest.raises(
+        ValueError, match=re.escape(f"row 2, label: {label!r} is not true or false")
+    ):
+        datasets.validate([*LABELLED, GOOD | {"label": label}], "unpaired")
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_one_class_is_not_enough_for_kto(label, tmp_path):
+    rows = [GOOD | {"label": label}] * 3
+    with pytest.raises(ValueError, match=f"^label is {label} in all 3 rows: KTO .* needs both"):
+        datasets.unpaired(rows)
+    with pytest.raises(ValueError, match=f"^k.jsonl: label is {label} in all 3 rows"):
+        datasets.read(lines(tmp_path / "k.jsonl", rows), "unpaired")
+    assert datasets.validate(rows, "prompt-completion") == 3  # there, label is any other column
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["preference", "unpaired", "prompt-completion", "prompts"])
+def test_what_was_written_is_read(shape, tmp_path):
+    rows = LABELLED if shape == "unpaired" else [PAIR | GOOD | {"n": 1}, PAIR | GOOD | {"n": None}]
+    built = datasets.read(lines(tmp_path / "x.jsonl", rows), shape)
+    assert built.to_list() == rows
+    built.to_parquet(tmp_path / "x.parquet")
+    assert datasets.read(str(tmp_path / "x.parquet"), shape).to_list() == rows
+    folder = tmp_path / "owner" / "name"  # as the hub holds one, read by the same function
+    folder.mkdir(parents=True)
+    lines(folder / "train.jsonl", rows)
+    assert datasets.read(folder, shape, cache_dir=str(tmp_path / "cache")).to_list() == rows
+
+
+def test_columns_of_later_rows_are_kept_and_empty_lines_are_none(tmp_path):
+    path = lines(tmp_path / "x.jsonl", [PAIR, PAIR | {"source": "me"}])
+    path.write_text("\n" + path.read_text() + "\n \n")
+    assert datasets.read(path, "preference")["source"][:] == [None, "me"]
+
+
+def test_an_implicit_prompt_becomes_trls_explicit_one(tmp_path):
+    from trl.data_utils import maybe_extract_prompt
+
+    talk = [SYSTEM, USER, ANSWER, USER]
+    rows = [
+        {"chosen": [*talk, ANSWER], "rejected": [*talk, ANSWER | {"content": "6"}]},
+        {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER | {"content": "7"}]},
+        # some data sets on the hub repeat the prompt as a string
+        {"prompt": "How many?", "chosen": [USER, ANSWER], "rejected": [USER, PAIR["rejected"][0]]},
+    ]
+    found = datasets.read(lines(tmp_path / "x.jsonl", rows), "preference").to_list()
+    assert found == [maybe_extract_prompt(row) for row in rows]
+    assert found[0]["prompt"] == talk and found[2] == PAIR
+
+
+def test_strings_become_messages_and_an_unclear_prompt_is_refused(tmp_path):
+    text = {"prompt": "How many?", "chosen": "5", "rejected": "6"}
+    mixed = text | {"chosen": [ANSWER], "rejected": [ANSWER | {"content": "6"}]}
+    path = lines(tmp_path / "x.jsonl", [text, mixed])
+    assert datasets.read(path, "preference").to_list() == [PAIR, PAIR]
+    lines(path, [{"chosen": "Human: How many? 5", "rejected": "Human: How many? 6"}])
+    with pytest.raises(ValueError, match="line 1: no column 'prompt'"):
+        datasets.read(path, "preference")
+    lines(path, [{"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}])
+    with pytest.raises(ValueError, match="line 1: chosen and rejected are both '5'"):
+        datasets.read(path, "preference")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"prompt": \n', "x.jsonl, line 1: Expecting value"),
+        (b"{}\n\xff\xfe\n", "x.jsonl, line 1: no column 'prompt', there are none"),
+        (b"\n\xff\n", "x.jsonl, line 2: 'utf-8' codec can't decode"),
+        (b"[" * 100_000, "x.jsonl, line 1: maximum recursion"),
+        (b"3\n", "x.jsonl, line 1: 3 is not an object"),
+        (b"", "x.jsonl: a data set of shape prompts needs a row, and there is none"),
+    ],
+)
+def test_a_broken_file_is_named(content, says, tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match="^" + re.escape(says)):
+        datasets.read(tmp_path / "x.jsonl", "prompts")
+
+
+def test_columns_that_mix_types_are_named(tmp_path):
+    path = lines(tmp_path / "x.jsonl", [PAIR | {"extra": 1}, PAIR | {"extra": {"a": 1}}])
+    with pytest.raises(ValueError, match=r"^x.jsonl: the rows do not fit into columns"):
+        datasets.read(path, "preference")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 but no more")
+    with pytest.raises(ValueError, match=r"^x.parquet: "):
+        datasets.read(tmp_path / "x.parquet", "preference")
+
+
+def test_what_is_no_source(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*nothing.jsonl"):
+        datasets.read(tmp_path / "nothing.jsonl", "prompts")
+    with pytest.raises(FileNotFoundError, match="a data set on the hub is 'owner/name'"):
+        datasets.read("data/pairs.jsonl", "prompts")  # a file's name is no data set's
+    (tmp_path / "x.csv").write_text("prompt\nHow many?\n")
+    with pytest.raises(ValueError, match=r"x.csv: a data set is a .jsonl or .parquet file"):
+        datasets.read(tmp_path / "x.csv", "prompts")
+    with pytest.raises(ValueError, match="no shape 'pairs'"):
+        datasets.read(tmp_path / "x.csv", "pairs")
+    with pytest.raises(ConnectionError, match="nobody-here/nothing"):  # tests are offline
+        datasets.read("nobody-here/nothing", "prompts")
+
+
+# --- lengths -------------------------------------------------------------------------------------
+
+
+def test_long_rows_are_counted_and_all_stay(capsys):
+    tokens = tiny.tokenizer()
+    pairs = datasets.preference([PAIR, PAIR | {"rejected": [ANSWER | {"content": "7" * 40}]}])
+    text = "<|user|>How many?<|assistant|>" + "7" * 40 + "<|end|>"
+    longest = len(tokens(text)["input_ids"])
+    assert datasets.check_lengths(pairs, tokens, longest) == 0
+    assert datasets.check_lengths(pairs, tokens, longest - 1) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"0 of 2 rows have more than {longest} tokens; the longest has {longest}."
+    assert said[1].startswith(f"1 of 2 rows have more than {longest - 1} tokens (rows 1); the")
+    assert len(pairs) == 2
+
+
+def test_lengths_of_every_shape():
+    tokens = tiny.tokenizer()
+    head = len(tokens("<|user|>How many?<|assistant|>")["input_ids"])
+    assert datasets.check_lengths([{"prompt": [USER]}], tokens, head) == 0
+    assert datasets.check_lengths([{"prompt": [USER]}], tokens, head - 1) == 1
+    for row in (GOOD, LABELLED[0], PAIR):  # "5" and the end make two tokens more
+        assert datasets.check_lengths([row] * 9, tokens, head + 2) == 0
+        assert datasets.check_lengths([row] * 9, tokens, head + 1) == 9
+
+
+def test_subsets_of_a_data_set(some):
+    whole = datasets.prompts(some)
+    few, more = datasets.subset(whole, 3, seed=2), datasets.subset(whole, 7, seed=2)
+    assert few["id"][:] == more["id"][:3] == [p.id for p in datasets.subset(some, 3, seed=2)]

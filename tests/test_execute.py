@@ -1,6 +1,7 @@
 """The executor, on notebooks written here and kernels that really run."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from textwrap import indent
 
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -44,7 +46,7 @@ def test_a_notebook_runs_here_and_is_written_back_clean(tmp_path, out, capsys, m
     assert execute.main([str(path)], out=out, write=True) == 0
     printed = capsys.readouterr().out
     assert "lesson: " in printed and (out / "lesson.html").as_uri() in printed
-    assert "sft 33.3 %" in printed
+    assert "sft 33.3 %" in printed and re.search(r"^1 of 1 in \d+ s$", printed, re.MULTILINE)
     assert "(a widget, alive in JupyterLab)" in (out / "lesson.html").read_text()
 
     notebook = nbformat.read(path, as_version=4)
@@ -75,10 +77,26 @@ def test_a_failure_is_named_and_does_not_stop_the_rest(tmp_path, out, capsys):
     assert nbformat.read(good, as_version=4).cells[1].execution_count == 1
 
 
-def test_a_kernel_that_dies_is_a_failure(tmp_path, out, capsys):
+def test_a_kernel_that_dies_is_a_failure(tmp_path, out, capsys, monkeypatch):
     path = write(tmp_path, "dies", "import os; os._exit(1)")
     assert execute.main([str(path)], out=out) == 1
     assert "FAILED in cell 1 of 1" in capsys.readouterr().out
+    # This one does not even start.
+    (tmp_path / "ipykernel_launcher.py").write_text("raise SystemExit(1)")
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert execute.main([str(path)], out=out) == 1
+    assert "FAILED before the first cell\n  RuntimeError: Kernel died" in capsys.readouterr().out
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "<<<<<<< HEAD", "\xff"])
+def test_what_is_no_notebook_is_named_and_does_not_stop_the_rest(tmp_path, out, capsys, text):
+    bad, good = tmp_path / "bad.ipynb", write(tmp_path, "good", "1")
+    bad.write_text(text, encoding="latin-1")
+    assert execute.main([str(bad), str(good)], out=out, write=True) == 1
+    printed = capsys.readouterr().out
+    assert f"bad: 0.0 s, FAILED, no notebook\n  {bad}: " in printed and "2 of 2 in" in printed
+    assert [path.name for path in out.iterdir()] == ["good.html"]
 
 
 SLEEP = "time.sleep(600)"
@@ -104,6 +122,21 @@ def test_ctrl_c_ends_the_cell_and_the_kernel(tmp_path, out, signals, wait):
     assert process.returncode == 130 and "Traceback" not in printed
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+    assert not out.exists()
+
+
+def test_ctrl_c_while_a_kernel_starts_ends_both(tmp_path, out):
+    paths = [write(tmp_path, name, "1") for name in ("one", "two")]
+    command = [sys.executable, "-m", "rlnb", "run", *map(str, paths), "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=subprocess.STDOUT, text=True)
+    while not (started := psutil.Process(process.pid).children()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 130 and printed.endswith("Interrupted.\n")
+    assert "FAILED" not in printed and "Traceback" not in printed
+    assert not any(kernel.is_running() for kernel in started) and not out.exists()
 
 
 def test_names_are_found_and_a_wrong_one_is_told(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """rlnb.models on a CPU with a random tiny model: checks, three modes, saving, TRL's trainers."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,8 +12,9 @@ import sys
 import pytest
 import tiny
 
-from rlnb import models
-from rlnb.models import ALL_LINEAR, ATTENTION, MLP, LoRA, load_model, save_adapter
+from rlnb import adapters, folders, models
+from rlnb.lora import INITS
+from rlnb.models import ALL_LINEAR, LoRA, Saved, load_model, save_adapter
 
 RANKS = (1, 2, 3, 4, 7, 8, 16, 32, 64, 128, 256, 320, 512, 513)
 CHAT = [{"role": "user", "content": "Anna has 12 apples and buys 5 more. How many?"}]
@@ -49,73 +51,6 @@ def logits(model):
         return model.eval()(input_ids=ids).logits
 
 
-# --- ranks ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("largest", (1, 7, 8, 16, 64, 100, 128, 320, 512))
-def test_the_rank_fits_or_the_error_has_both_numbers(largest):
-    for rank in RANKS:
-        if rank <= largest:
-            models.check_rank(rank, largest)
-            continue
-        with pytest.raises(ValueError, match=f"rank {rank} is above max_lora_rank {largest}:"):
-            models.check_rank(rank, largest)
-
-
-def test_vllm_rounds_up_and_has_a_limit():
-    served = [models.vllm_rank(rank) for rank in RANKS[:-1]]
-    assert served == [1, 8, 8, 8, 8, 8, 16, 32, 64, 128, 256, 320, 512]
-    with pytest.raises(ValueError, match="max_lora_rank 513 is above 512"):
-        models.vllm_rank(513)
-
-
-@pytest.mark.parametrize("value", [0, -1, 2.0, "8", True, None])
-def test_a_rank_is_a_whole_number(value):
-    for call in (
-        lambda: LoRA(rank=value),
-        lambda: models.check_rank(value, 64),
-        lambda: models.check_rank(8, value),
-    ):
-        with pytest.raises(ValueError, match=f"is {value!r}: it must be a whole number"):
-            call()
-
-
-def test_a_rank_above_the_smallest_width_is_useless():
-    models.check_rank(128, 512, smallest_width=128)
-    with pytest.raises(ValueError, match="rank 129 is above 128, the smallest width"):
-        models.check_rank(129, 512, smallest_width=128)
-
-
-@pytest.mark.parametrize("targets", [ALL_LINEAR, ATTENTION, MLP, ("k_proj",), ("q_proj",)])
-def test_the_smallest_width_is_the_real_one(base, targets):
-    import torch
-
-    model, _ = load_model(base)
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    widths = [min(m.weight.shape) for n, m in linear.items() if n.split(".")[-1] in targets]
-    assert models.smallest_width(model.config, targets) == min(widths)
-
-
-def test_a_config_without_widths_gives_none():
-    assert models.smallest_width(object(), ALL_LINEAR) is None
-
-
-@pytest.mark.parametrize(
-    ("fields", "says"),
-    [
-        ({"alpha": 0}, "alpha is 0"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"dropout": -0.1}, "dropout is -0.1"),
-        ({"targets": ()}, r"targets is \(\)"),
-        ({"targets": "q_proj"}, "targets is 'q_proj'"),
-        ({"init": "pissa"}, "init is 'pissa': it must be one of default, gaussian"),
-    ],
-)
-def test_a_lora_that_cannot_work(fields, says):
-    with pytest.raises(ValueError, match=says):
-        LoRA(**fields)
-
-
 # --- names and folders ---------------------------------------------------------------------------
 
 
@@ -124,7 +59,7 @@ def test_names_resolve(base, tmp_path, monkeypatch):
     assert models.resolve("Qwen/Qwen2.5-0.5B-Instruct") == "Qwen/Qwen2.5-0.5B-Instruct"
     monkeypatch.chdir(base.parent)
     assert models.resolve("tiny") == models.resolve("./tiny") == str(base)
-    monkeypatch.setattr(models, "DATA", base.parent)
+    monkeypatch.setattr(folders, "DATA", base.parent)
     monkeypatch.chdir(tmp_path)
     assert models.resolve("tiny") == str(base)
 
@@ -133,7 +68,7 @@ def test_names_resolve(base, tmp_path, monkeypatch):
 def test_a_model_that_is_not_there(base, name, monkeypatch, tmp_path):
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "DATA", base.parent)
+    monkeypatch.setattr(folders, "DATA", base.parent)
     with pytest.raises(FileNotFoundError, match=f"no model '{name}': .* data/ has tiny"):
         models.resolve(name)
 
@@ -165,6 +100,12 @@ def test_a_folder_that_is_no_adapter(base, tmp_path):
     [
         ({"lora": LoRA(rank=65)}, "rank 65 is above max_lora_rank 64"),
         ({"lora": LoRA(rank=65), "max_lora_rank": 128}, "rank 65 is above 64, the smallest width"),
+        (
+            {"lora": LoRA(targets=["q_proj", "w1"])},
+            "no linear layer w1 for LoRA: its layers are q_",
+        ),
+        ({"lora": LoRA(targets=["lm_head"])}, "lm_head is refused: TRL computes"),
+        ({"lora": LoRA(init="pissa")}, "'pissa', which rewrites the base's weights"),
         ({"lora": LoRA(), "max_lora_rank": 513, "fast_inference": True}, "513 is above 512"),
         ({"fast_inference": True}, "pass lora=LoRA"),
         ({"lora": 16}, r"lora is 16: it must be LoRA\(...\), an adapter's folder or None"),
@@ -180,9 +121,65 @@ def test_checks_come_before_the_weights(base, tmp_path, arguments, says):
         load_model(tmp_path, **arguments)
 
 
+@pytest.mark.parametrize("rank", RANKS)
+def test_every_rank_is_checked_before_the_weights(base, tmp_path, rank):
+    """The narrowest layer is 64 wide. Without a tokenizer, no rank that fits goes any further."""
+    shutil.copy(base / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_text("nobody can load this")
+    for largest in (1, 8, 64, 128, 512):
+        if rank <= min(largest, 64):
+            continue
+        limit = f"max_lora_rank {largest}" if rank > largest else "64, the smallest width"
+        for fast_inference in (False, True):
+            with pytest.raises(ValueError, match=f"rank {rank} is above {limit}"):
+                load_model(
+                    tmp_path, LoRA(rank=rank), max_lora_rank=largest, fast_inference=fast_inference
+                )
+
+
 def test_a_saved_rank_is_checked_too(base, trained):
     with pytest.raises(ValueError, match="rank 8 is above max_lora_rank 4"):
         load_model(base, trained[0], max_lora_rank=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "adapter_config.json: init_lora_weights is 'pissa",
+        ),
+        ({"target_modules": ["q_proj", "w1"]}, "no linear layer w1 for LoRA"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head is refused"),
+    ],
+)
+def test_a_saved_adapter_is_checked_before_the_weights(base, trained, tmp_path, change, says):
+    shutil.copy(base / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_text("nobody can load this")
+    adapter = shutil.copytree(trained[0], tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with (
+        pytest.warns(UserWarning, match="trained on tiny") if "target_modules" in change
+        else contextlib.nullcontext(),
+        pytest.raises(ValueError, match=says),
+    ):  # fmt: skip
+        load_model(tmp_path, adapter)
+
+
+def test_an_adapter_of_another_shape_is_refused_before_the_weights(base, trained, tmp_path):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base)
+    for change, says in [
+        ({"intermediate_size": 97}, r"layers\.0.*down_proj is 96 wide there and 97 here"),
+        ({"intermediate_size": 96, "num_hidden_layers": 1}, "this one has no layer model.layers.1"),
+    ]:
+        config.update(change)
+        config.save_pretrained(tmp_path / "tiny")
+        (tmp_path / "tiny" / "model.safetensors").write_text("nobody can load this")
+        with pytest.raises(ValueError, match=f"is for another base: .*{says}"):
+            load_model(tmp_path / "tiny", trained[0])
 
 
 # --- the three modes -----------------------------------------------------------------------------
@@ -207,7 +204,7 @@ def test_a_new_adapter_changes_nothing_yet_and_trains_alone(base, capsys):
     assert tokenizer.apply_chat_template(CHAT, tokenize=False).startswith("<|user|>Anna")
 
 
-@pytest.mark.parametrize("init", ["default", "gaussian"])
+@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])
 def test_the_seed_fixes_the_start_as_in_stock_peft(base, init):
     import peft
     import torch
@@ -218,9 +215,7 @@ def test_the_seed_fixes_the_start_as_in_stock_peft(base, init):
     )
     stock = AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(5)
-    config = peft.LoraConfig(
-        r=4, target_modules=list(ALL_LINEAR), init_lora_weights=models.INITS[init]
-    )
+    config = peft.LoraConfig(r=4, target_modules=list(ALL_LINEAR), init_lora_weights=INITS[init])
     stock = peft.get_peft_model(stock, config).state_dict()
     assert first.keys() == stock.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -228,10 +223,65 @@ def test_the_seed_fixes_the_start_as_in_stock_peft(base, init):
     assert not any(torch.equal(first[name], other[name]) for name in first if "lora_A" in name)
 
 
-def test_full_fine_tuning_trains_everything(base):
+@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])
+def test_with_the_adapter_off_the_model_is_the_base(base, init):
+    """Also after a step, which is what makes it a reference."""
+    import torch
+
+    model, _ = load_model(base, LoRA(rank=4, init=init))
+    plain = logits(load_model(base)[0])
+    assert torch.allclose(logits(model), plain, atol=1e-5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    assert not torch.allclose(logits(model), plain, atol=1e-2)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_init_that_rewrites_the_base_is_no_reference(base, init):
+    """Why it is refused unless the caller says that no reference is wanted."""
+    import torch
+
+    model, _ = load_model(base, LoRA(rank=4, init=init), reference=False)
+    plain = logits(load_model(base)[0])
+    assert torch.allclose(logits(model), plain, atol=1e-3)
+    with model.disable_adapter():
+        assert not torch.allclose(logits(model), plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])
+def test_targets_and_scale_reach_peft(base, targets):
+    model, _ = load_model(base, LoRA(rank=4, alpha=8, targets=targets, use_rslora=True))
+    names = ALL_LINEAR if targets == "all-linear" else targets
+    assert model.peft_config["default"].target_modules == set(names)
+    layers = list(adapters.lora_layers(model).values())
+    assert len(layers) == 2 * len(names)
+    assert {module.scaling["default"] for module in layers} == {8 / 4**0.5}
+
+
+def test_full_fine_tuning_trains_everything(base, capsys):
     model, _ = load_model(base)
     count, total = models.trainable(model)
     assert count == total == sum(parameter.numel() for parameter in model.parameters())
+    assert "(full fine-tuning, which has no rank)" in capsys.readouterr().out
+
+
+def test_another_rank_than_the_saved_one_is_reported(base, trained, capsys):
+    said = "Rank 16 was asked for: the saved adapter keeps its own, 8.\n"
+    settings = {"is_lora": True, "lora_rank": 16, "lora_path": str(trained[0])}
+    for lora, expected in [
+        (Saved(trained[0], rank=16), said),
+        (models.from_rlinf(settings), said),
+        (Saved(trained[0], rank=8), ""),
+        (Saved(trained[0]), ""),
+        (str(trained[0]), ""),
+    ]:
+        model, _ = load_model(base, lora)
+        assert model.peft_config["default"].r == 8
+        assert capsys.readouterr().out.split("\n", 1)[1] == expected
 
 
 def test_a_saved_adapter_goes_on_training_at_its_own_rank(base, trained, capsys):
@@ -278,57 +328,6 @@ def test_an_adapter_with_missing_weights_is_refused(base, trained, tmp_path):
 def test_the_type_of_the_weights_can_be_named(base, dtype, capsys):
     load_model(base, LoRA(), dtype=dtype)
     assert f"{models.backend()}, {dtype}\n" in capsys.readouterr().out
-
-
-# --- saving --------------------------------------------------------------------------------------
-
-
-def test_the_saved_config_knows_no_path_and_is_the_same_every_time(trained, tmp_path):
-    folder, model = trained
-    text = (folder / "adapter_config.json").read_text()
-    assert json.loads(text)["base_model_name_or_path"] == "tiny"
-    assert "/" not in text
-    again = save_adapter(model, tmp_path / "deep" / "again")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (again / name).read_bytes() == (folder / name).read_bytes()
-    assert sorted(file.name for file in again.parent.iterdir()) == ["again"]
-
-
-def test_the_practice_model_is_named_as_in_data(monkeypatch, base):
-    monkeypatch.setattr(models, "DATA", base.parent)
-    assert models._without_path(str(base)) == "tiny"
-    assert models._without_path(str(base.parent / "x" / "tiny")) == "x/tiny"
-    assert models._without_path("owner/name") == "owner/name"
-
-
-def test_an_interrupted_save_leaves_the_old_adapter_whole(base, trained, tmp_path, monkeypatch):
-    folder = save_adapter(trained[1], tmp_path / "sft")
-    old = {file.name: file.read_bytes() for file in folder.iterdir()}
-    other, _ = load_model(base, LoRA(rank=2))
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(models, "_tidy", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            save_adapter(other, folder)
-    with pytest.raises(FileNotFoundError):
-        models._swap(tmp_path / "never written", folder)
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == old
-    assert [file.name for file in tmp_path.iterdir()] == ["sft"]
-    save_adapter(other, folder)
-    assert models._saved_rank(folder) == 2
-    assert [file.name for file in tmp_path.iterdir()] == ["sft"]
-
-
-def test_only_adapters_are_saved_and_only_adapters_replaced(base, trained, tmp_path):
-    with pytest.raises(TypeError, match="no adapter to save"):
-        save_adapter(load_model(base)[0], tmp_path / "full")
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match=r"more than an adapter \(thesis.tex\)"):
-        save_adapter(trained[1], tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 # --- backends, rollouts, padding -----------------------------------------------------------------

@@ -11,18 +11,26 @@ def test_every_recipe_makes_a_trl_config(method, profile, tmp_path):
     from rlnb import models
 
     models.backend()
-    from trl import GRPOConfig, SFTConfig
+    import trl
+    from trl.experimental.orpo import ORPOConfig
 
     recipe = recipes.recipe(method, profile)
-    config = (SFTConfig if method == "sft" else GRPOConfig)(**recipe.trl(tmp_path, seed=3))
+    names = {"sft": "SFTConfig", "reward_model": "RewardConfig", "dpo": "DPOConfig",
+             "kto": "KTOConfig", "orpo": None}  # fmt: skip
+    name = names.get(method, "GRPOConfig")
+    config = (getattr(trl, name) if name else ORPOConfig)(**recipe.trl(tmp_path, seed=3))
     assert config.learning_rate == recipe.learning_rate
     assert config.max_steps == recipe.steps
     assert config.seed == 3
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     assert batch == recipe.batch
-    if method != "sft":
+    if name == "GRPOConfig":
         assert config.num_generations == recipe.group
         assert config.generation_batch_size == recipe.batch
+    for setting in ("beta", "desirable_weight"):
+        assert getattr(config, setting, None) == getattr(
+            recipe, setting, getattr(config, setting, None)
+        )
 
 
 def test_settings_can_be_changed_and_mistakes_are_named():

@@ -6,14 +6,11 @@ import copy
 import json
 
 import pytest
+import torch
+import transformers
 
 from rlnb import decoding, models, problems, sampling
 from tests import tiny
-
-models.backend()  # Unsloth before transformers
-
-import torch  # noqa: E402
-import transformers  # noqa: E402
 
 CHAT = [[{"role": "user", "content": text}] for text in (*tiny.CORPUS, "12 + 5?", "3")]
 PLAIN = ["Anna has 12", "Each of 7 boxes holds 34 pens. Tom", "5", "12 apples and 5 more apples"]

@@ -142,13 +142,17 @@ def require(project: Path, version: str) -> None:
     (project / "requirements.txt").write_text(f"tiny=={version}  # the one requirement\n")
 
 
+def offline(project: Path) -> dict[str, str]:
+    """An environment in which pip knows the project's packages only."""
+    return {"PATH": os.environ["PATH"], "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(project)}
+
+
 def start(project: Path, *arguments: str, **environment: str) -> subprocess.Popen:
     """`python -m rlnb` in a session of its own, with a Python outside of all environments."""
     return subprocess.Popen(
         [sys._base_executable, "-m", "rlnb", *arguments],
         cwd=project,
-        env={"PATH": os.environ["PATH"], "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(project)}
-        | environment,
+        env=offline(project) | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -213,6 +217,28 @@ def test_another_kind_starts_from_an_empty_environment_and_is_remembered(project
     assert rlnb(project, "setup", "--kind", "unsloth", "--venv", "other")[0] == 0
     assert subprocess.check_output(shown, cwd=project, text=True) == "tiny 2.0\n"
     assert not (project / "other" / "left over").exists()
+
+
+def test_what_runs_in_the_environment_imports_rlnb_from_any_folder(project, tmp_path_factory):
+    def place() -> str:
+        command = [python, "-c", "import rlnb; print(rlnb.__file__)"]
+        elsewhere, clean = tmp_path_factory.mktemp("elsewhere"), {"PATH": os.environ["PATH"]}
+        done = subprocess.run(
+            command, cwd=elsewhere, env=clean, stdout=-1, stderr=subprocess.STDOUT, text=True
+        )
+        return done.stdout.strip()
+
+    python = bootstrap.interpreter(project / ".venv")
+    here = [python, "-m", "rlnb", "setup", "--here", "--kind", "plain"]
+    subprocess.run([sys._base_executable, "-m", "venv", project / ".venv"], check=True)
+    assert "No module named 'rlnb'" in place()
+    subprocess.run(here, cwd=project, env=offline(project), check=True, stdout=-1)
+    assert place() == str(project / "rlnb" / "__init__.py")
+    project = project.rename(project.with_name("moved"))
+    python = bootstrap.interpreter(project / ".venv")
+    assert "No module named 'rlnb'" in place()
+    assert rlnb(project, "data") == (0, "tiny 1.0\n")
+    assert place() == str(project / "rlnb" / "__init__.py")
 
 
 def test_a_python_without_ensurepip_gets_the_way_out(project):

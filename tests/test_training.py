@@ -1,8 +1,10 @@
 """The training functions on the practice model, in the smoke profile: real runs of two steps."""
 
+import argparse
+
 import pytest
 
-from rlnb import recipes, runs, training
+from rlnb import __main__, recipes, runs, training
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +40,41 @@ def test_an_adapter_that_is_not_there_is_named():
     with pytest.raises(FileNotFoundError, match="there is no adapter 'nowhere'"):
         training.grpo(start="nowhere")
     assert not runs.all()
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
+def test_preferences_train_from_the_shipped_responses(method):
+    run = training.METHODS[method]()
+    recipe = recipes.recipe(method)
+    assert run.status == "done" and run.adapter.is_dir()
+    assert run.labels == recipe.pairs * (2 if method == "kto" else 1)
+    assert (run.parent is None) == (method == "orpo")  # which starts from the base
+    assert run.result["strict"]["n"] == recipe.test_problems
+    losses = [row["loss"] for row in run.curve() if "loss" in row]
+    if method == "dpo":  # policy and reference agree at the start
+        assert losses[0] == pytest.approx(0.6931, abs=0.01)
+
+
+def test_a_reward_model_is_judged_on_prompts_that_it_has_not_seen():
+    run = training.reward_model()
+    assert run.adapter.is_dir()
+    train, unseen = training.gold_pairs(), training.gold_pairs(held_out=True)
+    assert not set(train["id"]) & set(unseen["id"])
+    assert run.result["pair_accuracy"]["n"] == len(unseen)
+    assert training.find_or_train_reward_model().id == run.id
+
+
+def test_the_command_line_knows_every_method():
+    assert set(__main__.METHODS) == set(training.METHODS)
+
+
+def test_sft_takes_other_data():
+    pairs = training.gold_pairs().select(range(16))
+    data = pairs.remove_columns("rejected").rename_column("chosen", "completion")
+    assert training.sft(data=data).labels == 16
+
+
+def test_methods_that_start_from_the_base_take_no_other_start(capsys):
+    arguments = argparse.Namespace(method="sft", seed=0, start="base")
+    with pytest.raises(SystemExit, match="sft starts from the base: leave --from out"):
+        training.main(arguments)

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.learning               # three seeds, about 14 minutes on two cores
     python -m tests.benchmarks.learning --resume      # go on after an interruption
 
-Writes one row per run to data/results/foundation.csv and prints means with intervals.
+Writes one row per run to data/results/foundation.csv and prints the README's table.
 """
 
 import argparse
@@ -39,15 +39,18 @@ def run_row(arm: str, seed: int, run: runs.Run) -> dict:
     return row(arm, seed, run.train_seconds, run.result)
 
 
-def summary(rows: list[dict]) -> None:
+def table(rows: list[dict]) -> str:
+    """The table of the README: mean over seeds and its 95 % interval (Student's t), slowest run."""
+    lines = ["| | strict accuracy, held out | seeds | training |", "|---|---|---|---|"]
     for arm in dict.fromkeys(r["arm"] for r in rows):
         values = [100 * r["strict"] / r["n"] for r in rows if r["arm"] == arm]
-        spread = (
-            T_95.get(len(values), 0) * stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
-        )
+        spread = ""
+        if len(values) > 1:
+            half = T_95[len(values)] * stdev(values) / len(values) ** 0.5
+            spread = f" [{mean(values) - half:.1f}, {mean(values) + half:.1f}]"
         seconds = max(r["train_seconds"] for r in rows if r["arm"] == arm)
-        print(f"{arm:16} strict {mean(values):5.1f} % +- {spread:4.1f} "
-              f"({len(values)} seeds)  slowest run {seconds:.0f} s")  # fmt: skip
+        lines.append(f"| {arm} | {mean(values):.1f} %{spread} | {len(values)} | {seconds:.0f} s |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -63,7 +66,7 @@ def main() -> None:
             if not any(r["arm"] == arm and r["seed"] == seed for r in rows):
                 rows.append(run_row(arm, seed, train(seed)))
                 write(rows)
-    summary(rows)
+    print(table(rows))
 
 
 ARMS = {

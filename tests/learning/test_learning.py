@@ -46,3 +46,28 @@ def test_grpo_learns_without_demonstrations():
     run = only_run("grpo", "08_grpo", with_parent=False)
     assert strict(run.result["start"]) < 5
     assert strict(run.result) > strict(run.result["start"]) + 40
+
+
+@pytest.mark.parametrize("method, notebook", [("dpo", "05_dpo"), ("kto", "06_kto")])
+def test_preferences_help_and_do_not_harm(method, notebook):
+    run = only_run(method, notebook)
+    assert strict(run.result) > strict(run.result["start"]) - 2  # a hot rate costs tens of points
+    ends = [row for row in run.curve() if "rewards/margins" in row][-10:]
+    assert sum(row["rewards/margins"] for row in ends) / len(ends) > 0.05
+
+
+def test_a_hot_rate_on_foreign_pairs_breaks_dpo():
+    own, hot, foreign = reversed(runs.find(method="dpo", notebook="05_dpo", status="done"))
+    assert strict(own.result) > strict(hot.result) + 15
+    assert strict(own.result) > strict(foreign.result) + 15
+
+
+def test_orpo_learns_from_pairs_alone():
+    run = only_run("orpo", "07_orpo")
+    assert strict(run.result["start"]) < 5
+    assert strict(run.result) > 50
+
+
+def test_the_reward_model_tells_right_from_wrong():
+    share = only_run("reward_model", "03_reward_model").result["pair_accuracy"]
+    assert share["k"] / share["n"] > 0.6  # two standard errors above a coin

@@ -1,0 +1,88 @@
+"""What a run is told of the machine and of its own process, in MB of 2**20 bytes.
+
+The GPU parts are untested on a GPU until tests/gpu has run on one.
+"""
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rlnb import __version__
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "datasets",
+            "accelerate", "vllm")  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Name -> version of Python, rlnb and what is installed of PACKAGES. Imports none of them."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "rlnb": __version__}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """The operating system and the number of logical CPUs."""
+    return {"platform": platform.platform(), "cpus": os.cpu_count()}
+
+
+def process() -> dict[str, Any]:
+    """This process, for `alive` to recognise."""
+    return {"pid": os.getpid(), "host": platform.node(), "born": _born(os.getpid())}
+
+
+def alive(process: Mapping[str, Any]) -> bool:
+    """Whether a process still lives; one of another machine gets the benefit of the doubt."""
+    if process.get("host") != platform.node():
+        return True
+    return process.get("born") is not None and _born(process["pid"]) == process["born"]
+
+
+def _born(pid: int) -> str | None:
+    """When a process started, which tells it from a later one of the same number; None if dead."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if boot.is_file():  # Linux: ticks since a named boot, so a changed clock does not matter
+        with suppress(OSError):
+            state, *stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            return None if state in "ZX" else f"{boot.read_text().strip()}:{stat[18]}"
+        return None
+    import psutil
+
+    with suppress(psutil.Error):
+        return f"{psutil.Process(pid).create_time():.0f}"
+    return None
+
+
+def reset_peak_memory() -> None:
+    """Starts `peak_memory_mb` (on Linux) and `gpu` anew: a kernel may hold several runs."""
+    with suppress(OSError):  # no such file elsewhere, and not everywhere may it be written
+        Path("/proc/self/clear_refs").write_text("5")
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has held: since the reset on Linux, else since it began."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return round(psutil.Process().memory_info().peak_wset / 2**20, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)  # bytes there, else KiB
+
+
+def gpu() -> tuple[float | None, str | None]:
+    """(peak MB of torch's allocator, name of the GPU), without importing torch or waking CUDA."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None, None
+    return round(torch.cuda.max_memory_allocated() / 2**20, 1), torch.cuda.get_device_name()

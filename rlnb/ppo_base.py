@@ -1,0 +1,138 @@
+"""transformers' Trainer for a model with a critic beside it: what PPO does not want to think about."""
+
+import json
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlnb import files, ppo_checks
+from rlnb.ppo_math import RunningMoments
+from rlnb.ppo_model import POLICY, REFERENCE, VALUE, ActorCritic, has_adapter
+
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+
+STATE, HEAD = "ppo_state.json", "value_head.safetensors"  # in a checkpoint, beside the adapter
+
+
+class ActorCriticTrainer(Trainer):
+    """Optimizer, checkpoints and logs for `self.actor_critic`, whose policy is `self.model`.
+
+    Callbacks, checkpoints and the user see self.model, a transformers or PEFT model. The `model` in
+    Trainer's loop is the actor-critic, so that gradients of both are clipped and, over several
+    processes, averaged together.
+    """
+
+    actor_critic: ActorCritic
+    kl_coef: float
+    reward_moments: RunningMoments
+
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        if not training or model is not self.model:
+            return model
+        return self.accelerator.prepare(self.actor_critic)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's optimizer, with the critic's parameters in a group of their own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        super().create_optimizer(model)
+        critic = self.actor_critic.critic_parameters()
+        own = set(map(id, critic))
+        for group in self.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+        if critic:
+            rate = self.args.value_learning_rate
+            rate = self.args.learning_rate if rate is None else rate
+            self.optimizer.add_param_group({"params": critic, "lr": rate, "weight_decay": 0.0})
+        return self.optimizer
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Training leaves out an incomplete batch, evaluation doesn't."""
+        self.args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = True
+
+    # --- logs ------------------------------------------------------------------------------------
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Keep figures for the next log, which has their means."""
+        for name, value in metrics.items():
+            self._metrics[name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **{name: sum(v) / len(v) for name, v in self._metrics.items()}}
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, or go on from a checkpoint: its folder, or True for the last whole one in output_dir.
+
+        A run that was killed and goes on equals, step by step, one that was not, if model, settings
+        and data are given in the same way again.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(ppo_checks.last_checkpoint(Path(self.args.output_dir)))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The adapter in PEFT's format, or the whole model; beside it what training needs to go on."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if has_adapter(self.model):
+            from peft import PeftModel
+
+            names = self._adapters()
+            # The class's own method: Unsloth puts another on the instance.
+            PeftModel.save_pretrained(
+                self.model, str(folder), selected_adapters=names, save_embedding_layers=False
+            )
+            self.processing_class.save_pretrained(folder)
+        else:
+            super()._save(str(folder), state_dict)
+        if (head := self.actor_critic.value_head) is not None:
+            save_file({k: v.detach().cpu() for k, v in head.state_dict().items()}, folder / HEAD)
+        state = {"kl_coef": self.kl_coef, "reward_moments": asdict(self.reward_moments)}
+        files.write(folder / STATE, json.dumps(state, indent=1) + "\n")
+
+    def _adapters(self) -> list[str]:
+        return [name for name in (POLICY, REFERENCE, VALUE) if name in self.model.peft_config]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if not (folder / STATE).is_file():
+            raise FileNotFoundError(f"{folder} is no checkpoint of PPOTrainer: it has no {STATE}")
+        if has_adapter(self.model):
+            for name in self._adapters():
+                self._load_adapter(folder if name == POLICY else folder / name, name)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if (head := self.actor_critic.value_head) is not None:
+            head.load_state_dict(load_file(folder / HEAD))
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        self.kl_coef = state["kl_coef"]
+        self.reward_moments = RunningMoments(**state["reward_moments"])
+
+    def _load_adapter(self, folder: Path, name: str) -> None:
+        from peft import set_peft_model_state_dict
+
+        file = folder / "adapter_model.safetensors"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{folder} has no adapter {name!r}: the checkpoint was made with another reference or "
+                "value_model"
+            )
+        set_peft_model_state_dict(self.model, load_file(file), adapter_name=name)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -1,0 +1,112 @@
+"""A real local server with OpenAI's interface for an exported model, started and stopped cleanly.
+
+The way through vLLM is untested on a GPU until tests/gpu has run on one.
+"""
+
+import contextlib
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from rlnb.folders import resolve
+
+NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")  # by `transformers serve`
+
+
+class Server(NamedTuple):
+    """Where an OpenAI client finds the model: OpenAI(base_url=url, api_key="none"), model=model."""
+
+    url: str
+    model: str
+
+
+@contextlib.contextmanager
+def serve(folder: str | os.PathLike[str], *, timeout: float = 120) -> Iterator[Server]:
+    """Inside, a real local server answers OpenAI's chat calls; on leaving it is stopped.
+
+        with serving.serve("runs/merged") as server:
+            client = openai.OpenAI(base_url=server.url, api_key="none")
+            client.chat.completions.create(model=server.model, messages=[...], temperature=0)
+
+    It is vLLM on a GPU that has it, else `transformers serve`; it listens on this machine only and
+    downloads nothing. timeout: seconds to wait for it to be ready.
+
+    Raises ImportError that names the missing packages, RuntimeError with the end of the server's
+    log if it stops by itself, TimeoutError with the same if it is not ready in time.
+    """
+    model = resolve(folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(
+            _server_command(model, port),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            start_new_session=True,  # so that what it starts in turn can be stopped with it
+        )
+        try:
+            _wait_until_ready(process, port, timeout, log)
+            yield Server(f"http://127.0.0.1:{port}/v1", model)
+        finally:
+            _stop(process)
+
+
+def _server_command(model: str, port: int) -> list[str]:
+    import torch
+
+    where = ["--host", "127.0.0.1", "--port", str(port)]
+    if torch.cuda.is_available() and importlib.util.find_spec("vllm"):
+        # Half of the card, because a notebook's kernel is on it too.
+        server = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
+        return [sys.executable, *server, *where, "--gpu-memory-utilization", "0.5"]
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ImportError(
+            f"`transformers serve` needs {', '.join(missing)}, not installed here: "
+            'pip install "transformers[serving]"'
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    server = ["-m", "transformers.cli.transformers", "serve", model, "--device", device]
+    return [sys.executable, *server, *where]
+
+
+def _wait_until_ready(process: subprocess.Popen, port: int, timeout: float, log: Any) -> None:
+    # No proxy: the server is on this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    until = time.monotonic() + timeout
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with status {process.returncode}: {_tail(log)}")
+        with contextlib.suppress(OSError):
+            if opener.open(f"http://127.0.0.1:{port}/health", timeout=5).status == 200:
+                return
+        time.sleep(0.1)
+    raise TimeoutError(f"the server was not ready within {timeout:g} s: {_tail(log)}")
+
+
+def _tail(log: Any, lines: int = 20) -> str:
+    log.seek(0)
+    return "its log ends\n" + "".join(log.readlines()[-lines:])
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """End the server and what it started: asked first, and after ten seconds made to."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
+        with contextlib.suppress(ProcessLookupError):
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, number)
+            else:
+                process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+            return

@@ -1,0 +1,300 @@
+"""rlnb.labelling: every answer on disk at once, resumed, undone, shared, and fit for the trainers."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from rlnb import labelling, preferences
+from rlnb.evaluate import Proportion
+from rlnb.labelling import Session
+from rlnb.preferences import Gold, Noisy
+
+
+def row(i, *responses):
+    question = f"Anna has {i} apples and buys 5 more. How many now?"
+    right = f"<reasoning>{i} + 5 = {i + 5}</reasoning><answer>{i + 5}</answer>"
+    return {"id": f"p{i}", "question": question, "answer": i + 5, "kind": "gain",
+            "prompt": [{"role": "user", "content": question}],
+            "responses": list(responses) or [right, f"It is {i}.", right]}  # fmt: skip
+
+
+ROWS = [row(i) for i in range(10, 22)]
+
+
+def events(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def answer_all(session, right=True):
+    """The answer that the verifier would give, or its opposite."""
+    while session.current:
+        best = ["<reasoning>" in text for text in session.current.shown].index(right)
+        session.choose(labelling.SIDES[best])
+
+
+# --- answering -----------------------------------------------------------------------------------
+
+
+def test_every_answer_is_on_disk_at_once(tmp_path):
+    session = Session(ROWS, "anna", tmp_path / "labels.jsonl")
+    for i, choice in enumerate(("left", "right", "tie", "skip")):
+        item = session.current
+        assert item.row["id"] == ROWS[i]["id"]
+        session.choose(choice)
+        (*_, event) = events(tmp_path / "labels.jsonl")
+        assert event.pop("time").endswith("+00:00")
+        assert event == {"annotator": "anna", "id": item.row["id"], "choice": choice,
+                         "shown": item.shown}  # fmt: skip
+    assert session.progress == {"items": 12, "answered": 4, "skipped": 1}
+
+
+def test_it_survives_being_killed_and_goes_on(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    code = (
+        "import json, os, sys; from rlnb.labelling import Session\n"
+        "rows = json.load(sys.stdin); session = Session(rows, 'anna', sys.argv[1])\n"
+        "session.choose('left'); session.choose('tie'); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], input=json.dumps(ROWS), text=True)
+    again = Session(ROWS, "anna", path)
+    assert again.progress["answered"] == 2 and again.current.row["id"] == ROWS[2]["id"]
+    again.choose("right")
+    assert [event["choice"] for event in events(path)] == ["left", "tie", "right"]
+
+
+def test_a_line_that_was_cut_off_is_skipped_and_does_not_spoil_the_next(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    session = Session(ROWS, "anna", path)
+    session.choose("left"), session.choose("left")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.warns(UserWarning, match=r"labels.jsonl: skipped line\(s\) \[2\]"):
+        again = Session(ROWS, "anna", path)
+    assert again.progress["answered"] == 1 and again.current.row["id"] == ROWS[1]["id"]
+    again.choose("right")
+    with pytest.warns(UserWarning, match=r"skipped line\(s\) \[2\]"):
+        assert Session(ROWS, "anna", path).progress["answered"] == 2
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [b"\xff\xfe", b"null", b"[1]", b"[" * 99_999, b'{"annotator": "anna"}',
+     b'{"annotator": "anna", "id": "p10", "choice": "left", "shown": "ab"}',
+     b'{"annotator": "anna", "id": "p10", "choice": "3", "shown": ["a", "b"]}',
+     b'{"annotator": "anna", "id": 7, "choice": "left", "shown": ["a", "b"]}'],
+)  # fmt: skip
+def test_lines_that_are_no_answers_are_named(junk, tmp_path):
+    path = tmp_path / "labels.jsonl"
+    path.write_bytes(b"\n" + junk + b"\n")
+    with pytest.warns(UserWarning, match=r"skipped line\(s\) \[2\], which are no answers"):
+        session = Session(ROWS, "anna", path)
+    assert session.progress["answered"] == 0
+
+
+def test_undo_goes_back_through_earlier_sessions(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    first = Session(ROWS, "anna", path)
+    first.choose("left"), first.choose("skip")
+    again = Session(ROWS, "anna", path)
+    again.undo()
+    assert again.current.row["id"] == ROWS[1]["id"]
+    again.undo()
+    assert again.current.row["id"] == ROWS[0]["id"] and again.progress["answered"] == 0
+    with pytest.raises(ValueError, match="anna has answered nothing that could be taken back"):
+        again.undo()
+    again.choose("right")
+    assert [e["choice"] for e in events(path)] == ["left", "skip", "undo", "undo", "right"]
+    (label,) = Session(ROWS, "anna", path).labels.values()
+    assert label["choice"] == "right"
+
+
+def test_answers_that_it_does_not_take(tmp_path):
+    session = Session(ROWS, "anna", tmp_path)
+    for what in ("", "LEFT", "1", "undo", None):
+        says = f"the answer is {what!r}: it can be left, right, tie, skip"
+        with pytest.raises(ValueError, match=re.escape(says)):
+            session.choose(what)
+    assert not session.file.exists()
+    answer_all(session)
+    with pytest.raises(ValueError, match=r"all 12 items are answered; undo\(\)"):
+        session.choose("left")
+
+
+def test_a_full_disk_is_no_answer(tmp_path, monkeypatch):
+    session = Session(ROWS, "anna", tmp_path / "labels.jsonl")
+    (tmp_path / "labels.jsonl").mkdir()  # nothing can be written there
+    with pytest.raises(OSError):
+        session.choose("left")
+    assert session.progress["answered"] == 0 and session.current.row["id"] == ROWS[0]["id"]
+
+
+# --- what is shown -------------------------------------------------------------------------------
+
+
+def test_sides_are_random_and_the_texts_the_same_for_everybody(tmp_path):
+    rows = [row(i) for i in range(10, 410)]
+    anna, bob = (Session(rows, name, tmp_path) for name in ("anna", "bob"))
+    assert [i.key for i in anna.items] == [i.key for i in bob.items]
+    same = sum(a.shown == b.shown for a, b in zip(anna.items, bob.items, strict=True))
+    right = sum("<reasoning>" in item.shown[0] for item in anna.items)
+    assert abs(same - 200) < 60 and abs(right - 200) < 60  # six standard deviations of a coin
+    again = Session(rows, "anna", tmp_path)
+    assert [i.shown for i in again.items] == [i.shown for i in anna.items]
+    other = Session(rows, "anna", tmp_path, seed=1)
+    assert [i.shown for i in other.items] != [i.shown for i in anna.items]
+
+
+def test_a_liking_for_a_side_shows(tmp_path):
+    session = Session(ROWS, "anna", tmp_path)
+    assert session.left_first is None
+    for choice in ("left", "left", "tie", "skip", "right"):
+        session.choose(choice)
+    assert session.left_first == Proportion(2, 3)
+
+
+def test_rows_with_nothing_to_compare(tmp_path):
+    rows = [row(1, "a", "a", " "), row(2, "a", "b", "a"), row(3, "a")]
+    session = Session(rows, "anna", tmp_path)
+    assert len(session.items) == 1 and session.left_out == 2
+    assert sorted(session.current.shown) == ["a", "b"]
+    with pytest.raises(ValueError, match="none of the 1 rows has two different responses"):
+        Session(rows[:1], "anna", tmp_path)
+
+
+def test_three_responses(tmp_path):
+    session = Session([row(1, *"abcde"), row(2, "a", "b")], "anna", tmp_path, k=3)
+    first, second = session.items
+    assert len(first.shown) == 3 and len(second.shown) == 2
+    assert session.choices(first) == ("1", "2", "3", "tie", "skip")
+    session.choose("3")
+    with pytest.raises(ValueError, match="the answer is '3': it can be 1, 2, tie, skip"):
+        session.choose("3")
+    (found,) = session.annotations()
+    best = found["responses"].index(first.shown[2])
+    assert found["ranks"][best] == 1 and sorted(found["ranks"]) == [1, 2, 2]
+    assert len(found["comparisons"]) == 2
+    pairs, _ = session.pairs()
+    assert {r["chosen"][0]["content"] for r in pairs} == {first.shown[2]} and len(pairs) == 2
+    session.choose("tie")
+    assert session.pairs()[1]["ties"] == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "says"),
+    [
+        (ROWS, {"annotator": ""}, "annotator is ''"),
+        (ROWS, {"annotator": "../anna"}, "annotator is '../anna'"),
+        (ROWS, {"annotator": "gold"}, "annotator is 'gold', which is the name of the gold"),
+        (ROWS, {"k": 1}, "k is 1: 2 to 9"),
+        ([*ROWS, ROWS[3]], {}, "row 12: id 'p13' is no string or has come before"),
+        ([ROWS[0] | {"id": 3}], {}, "row 0: id 3 is no string"),
+        ([{"id": "a", "prompt": [], "responses": []}], {}, "row 0: no question, answer (gold=None"),
+        ([{"id": "a"}], {"gold": None}, "row 0: no prompt, responses"),
+        ([], {}, "none of the 0 rows"),
+    ],
+)
+def test_what_cannot_be_a_session(rows, options, says, tmp_path):
+    options = {"annotator": "anna", "path": tmp_path} | options
+    with pytest.raises(ValueError, match=re.escape(says)):
+        Session(rows, **options)
+
+
+# --- several annotators --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["labels", "labels.jsonl"])
+def test_two_annotators_share_a_folder_or_a_file(name, tmp_path):
+    anna, bob = (Session(ROWS, who, tmp_path / name) for who in ("anna", "bob"))
+    for _ in range(5):  # in turns
+        anna.choose("left"), bob.choose("tie")
+    bob.undo()
+    again = Session(ROWS, "anna", tmp_path / name)
+    assert again.progress["answered"] == 5
+    assert Session(ROWS, "bob", tmp_path / name).progress["answered"] == 4
+    assert {who: len(rows) for who, rows in again.others().items()} == {"bob": 4}
+    files = {"labels": ["anna.jsonl", "bob.jsonl"], "labels.jsonl": ["labels.jsonl"]}[name]
+    assert sorted(p.name for p in tmp_path.rglob("*.jsonl") if p.is_file()) == files
+
+
+def test_many_writers_do_not_cut_each_others_lines(tmp_path):
+    rows, path = [row(i) for i in range(10, 60)], tmp_path / "labels.jsonl"
+    sessions = [Session(rows, f"w{i}", path) for i in range(4)]
+    threads = [threading.Thread(target=answer_all, args=(s,)) for s in sessions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(events(path)) == 200
+    assert Session(rows, "w0", path).agreement()["w3"] == Proportion(50, 50)
+
+
+def test_answers_to_other_responses_do_not_count(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    answer_all(Session(ROWS, "anna", path))
+    changed = [r | {"responses": [r["responses"][0], "something new"]} for r in ROWS]
+    session = Session(changed, "anna", path)
+    assert session.progress["answered"] == 0
+    with pytest.raises(ValueError, match="nothing that could be taken back"):
+        session.undo()
+    session.choose("left")
+    assert Session(ROWS, "anna", path).progress["answered"] == 12
+
+
+def test_agreement_with_the_gold_and_with_others(tmp_path):
+    anna, bob = (Session(ROWS, who, tmp_path) for who in ("anna", "bob"))
+    answer_all(anna)
+    assert anna.agreement() == {"gold": Proportion(12, 12)}
+    bob.choose("skip"), bob.choose("tie")
+    answer_all(bob, right=False)
+    assert bob.agreement() == {"gold": Proportion(0, 10), "anna": Proportion(0, 10)}
+    table = bob.report()
+    assert [(line["annotators"], line["comparisons"]) for line in table] == [
+        ("bob, gold", 11), ("bob, anna", 11), ("gold, anna", 11), ("bob, gold, anna", 11),
+    ]  # fmt: skip
+    assert table[2]["kappa"].value == 1 and table[0]["kappa"].value < 0
+    assert str(bob).startswith("12 of 12 answered, 1 skipped; leftmost chosen ")
+    assert str(bob).endswith(
+        "agrees with gold 0.0 % [0.0, 27.8]; agrees with anna 0.0 % [0.0, 27.8]"
+    )
+    hidden = Session(ROWS, "cleo", tmp_path, gold=None)
+    hidden.choose("left")
+    assert "gold" not in hidden.agreement()
+
+
+# --- for the trainers ----------------------------------------------------------------------------
+
+
+def test_the_answers_become_data_sets(tmp_path):
+    session = Session(ROWS, "anna", tmp_path)
+    session.choose("skip"), session.choose("tie")
+    answer_all(session)
+    pairs, left_out = session.pairs()
+    assert len(pairs) == 10 and left_out["ties"] == 1
+    ranked = [r for r in preferences.annotate(ROWS, Gold()) if r["id"] in pairs["id"][:]]
+    gold, _ = preferences.pairs(ranked)
+    assert pairs[:]["chosen"] == gold[:]["chosen"] and pairs[:]["prompt"] == gold[:]["prompt"]
+    labels, left_out = session.unpaired(seed=1)
+    assert sum(labels["label"][:]) == 10 and len(labels) == 20 and left_out["ties"] == 1
+    for r in labels:
+        assert r["label"] == ("<reasoning>" in r["completion"][0]["content"])
+
+
+def test_an_annotator_can_play(tmp_path):
+    gold, noisy = Session(ROWS, "anna", tmp_path), Session(ROWS, "bob", tmp_path)
+    gold.play(Gold(), n=5)
+    assert gold.progress["answered"] == 5
+    gold.play(Gold())
+    assert gold.current is None and gold.agreement() == {"gold": Proportion(12, 12)}
+    noisy.play(Noisy(1.0))
+    assert noisy.agreement()["gold"] == Proportion(0, 12)
+    three = Session([row(1), row(2, "a", "b", "c"), row(3, "a", "b", row(3)["responses"][0])],
+                    "cleo", tmp_path, k=3)  # fmt: skip
+    three.play(Gold())
+    assert [label["choice"] in ("1", "2", "3") for label in three.labels.values()] == [
+        True, False, True,
+    ]  # fmt: skip
+    three.undo(), three.undo(), three.play(Noisy(0.0, of=Gold()))
+    assert three.agreement()["gold"].mean == 1

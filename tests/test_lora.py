@@ -1,0 +1,286 @@
+"""rlnb.lora: the rank rules on a table, targets, inits, RLinf's keys. No weights are read."""
+
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from rlnb import lora, models
+from rlnb.lora import ALL_LINEAR, ATTENTION, MLP, LoRA, Saved
+
+# rank -> the least that vLLM can set aside for it; None: vLLM has no such rank.
+TABLE = {1: 1, 2: 8, 3: 8, 4: 8, 7: 8, 8: 8, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256, 320: 320,
+         512: 512, 513: None}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unsloth_first():
+    models.backend()
+
+
+@pytest.fixture(scope="module")
+def bones(tmp_path_factory):
+    """The skeleton of the tiny model: 2 layers, hidden 64, MLP 96, q and k 128 and 64 wide."""
+    from transformers import AutoConfig
+
+    folder = tiny.make(tmp_path_factory.mktemp("models") / "tiny")
+    return lora.skeleton(AutoConfig.from_pretrained(folder))
+
+
+def test_importing_loads_no_torch():
+    code = "import sys, rlnb.lora, rlnb.folders; assert 'torch' not in sys.modules"
+    root = lora.Path(lora.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+# --- ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", TABLE)
+def test_the_rank_fits_or_the_error_has_both_numbers_and_both_ways_out(rank):
+    allowed = []
+    for largest in range(1, 513):
+        if rank <= largest:
+            lora.check_rank(rank, largest)
+            allowed.append(lora.vllm_rank(largest))
+            continue
+        with pytest.raises(ValueError) as error:
+            lora.check_rank(rank, largest)
+        assert str(error.value) == (
+            f"LoRA rank {rank} is above max_lora_rank {largest}: lower the rank, or pass "
+            f"max_lora_rank={rank} to load_model, which costs memory for rollouts with vLLM"
+        )
+    assert min(allowed, default=None) == TABLE[rank]
+
+
+def test_vllm_rounds_up_and_has_a_limit():
+    for largest in range(1, 513):
+        served = lora.vllm_rank(largest)
+        assert served >= largest
+        assert served in lora.VLLM_RANKS
+        assert not [rank for rank in lora.VLLM_RANKS if largest <= rank < served]
+    with pytest.raises(ValueError, match="max_lora_rank 513 is above 512, the most that vLLM"):
+        lora.vllm_rank(513)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "8", True, None])
+def test_a_rank_is_a_whole_number(value):
+    calls = [
+        lambda: LoRA(rank=value),
+        lambda: lora.check_rank(value, 64),
+        lambda: lora.check_rank(8, value),
+        lambda: lora.suggest_rank("sft", max_lora_rank=value),
+    ]
+    for call in calls + [lambda: Saved("sft", rank=value)] * (value is not None):
+        with pytest.raises(ValueError, match=f"is {value!r}: it must be a whole number"):
+            call()
+
+
+def test_a_rank_above_the_smallest_width_is_useless():
+    lora.check_rank(128, 512, smallest_width=128)
+    with pytest.raises(ValueError, match="rank 129 is above 128, the smallest width"):
+        lora.check_rank(129, 512, smallest_width=128)
+
+
+def test_an_update_has_no_more_rank_than_the_smallest_width():
+    import torch
+
+    product = torch.randn(5, 40) @ torch.randn(40, 30)  # rank 40 asked for, 5 outputs
+    assert torch.linalg.matrix_rank(product) == 5
+    assert lora.smallest_width({"a": (30, 5), "b": (8, 9)}) == 5
+    assert lora.smallest_width({}) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"alpha": 0}, "alpha is 0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"targets": ()}, r'targets is \(\): it must be "all-linear" or names'),
+        ({"targets": "q_proj"}, "targets is 'q_proj'"),
+        ({"init": "normal"}, "init is 'normal': it must be one of default, gaussian, orthogonal"),
+        ({"init": "corda"}, "corda needs data or settings that load_model does not have"),
+        ({"init": "orthogonal", "rank": 7}, "rank is 7 and init is 'orthogonal'.*: take 8, or"),
+    ],
+)
+def test_a_lora_that_cannot_work(fields, says):
+    with pytest.raises(ValueError, match=says):
+        LoRA(**fields)
+
+
+def test_a_list_of_targets_becomes_a_tuple():
+    assert LoRA(targets=["q_proj"]).targets == ("q_proj",)
+    assert LoRA(targets="all-linear").targets == "all-linear"
+    assert LoRA(init="orthogonal", rank=8).rank == 8
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_inits_that_rewrite_the_base_are_refused_with_the_reason(init):
+    lora.check_init(init, reference=False)
+    with pytest.raises(ValueError, match=f"'{init}', which rewrites .* off the model is no longer"):
+        lora.check_init(init, reference=True)
+
+
+@pytest.mark.parametrize("init", [True, False, None, "default", "gaussian", "orthogonal", "eva"])
+def test_inits_that_leave_the_base_alone_pass(init):
+    lora.check_init(init, reference=True)
+
+
+# --- targets -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [ALL_LINEAR, ATTENTION, MLP, ("k_proj",), "all-linear"])
+def test_the_layers_are_those_that_peft_adapts(bones, targets):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    found = lora.target_layers(bones, targets)
+    asked = targets if isinstance(targets, str) else list(targets)
+    with torch.device("meta"):
+        model = get_peft_model(lora.skeleton(bones.config), LoraConfig(r=3, target_modules=asked))
+    theirs = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.default"): module
+        for name, module in model.named_modules()
+        if name.endswith("lora_A.default")
+    }
+    assert found.keys() == theirs.keys()
+    assert all(module.in_features == found[name][0] for name, module in theirs.items())
+    assert lora.target_layers(bones, r"model\.layers\.1\..*(q|v)_proj").keys() == {
+        "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj",
+    }  # fmt: skip
+
+
+def test_the_layers_of_an_adapted_model_keep_their_names(bones):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    before = lora.linear_layers(bones)
+    assert before["model.layers.0.mlp.down_proj"] == (96, 64)
+    with torch.device("meta"):
+        model = get_peft_model(lora.skeleton(bones.config), LoraConfig(target_modules="all-linear"))
+    assert lora.linear_layers(model.get_base_model()) == before
+
+
+def test_gpt2s_layers_have_their_inputs_first():
+    from transformers import GPT2Config
+
+    bones = lora.skeleton(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10))
+    assert lora.target_layers(bones, ["c_attn"]) == {"transformer.h.0.attn.c_attn": (8, 24)}
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "w_q", "w_k"], ["embed_tokens"], "no such .*"])
+def test_an_unknown_layer_is_named_beside_those_there_are(bones, targets):
+    unknown = [targets] if isinstance(targets, str) else [t for t in targets if t != "q_proj"]
+    with pytest.raises(ValueError) as error:
+        lora.target_layers(bones, targets)
+    assert str(error.value) == (
+        f"the model has no linear layer {', '.join(unknown)} for LoRA: its layers are "
+        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    )
+
+
+def test_the_output_layer_is_refused_with_the_reason(bones):
+    with pytest.raises(ValueError, match="lm_head is refused: TRL computes log-probabilities"):
+        lora.target_layers(bones, ("q_proj", "lm_head"))
+
+
+def test_a_config_of_no_causal_lm_has_no_skeleton():
+    from transformers import ViTConfig
+
+    assert lora.skeleton(ViTConfig()) is None
+
+
+# --- suggestions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "complexity", "largest", "rank"),
+    [
+        ("grpo", "simple", 64, 32),
+        ("grpo", "complex", 64, 64),
+        ("ppo", "complex", 128, 64),
+        ("grpo", "complex", 16, 16),
+        ("sft", "simple", 64, 8),
+        ("sft", "complex", 64, 16),
+        ("dpo", "simple", 64, 16),
+        ("kto", "complex", 64, 32),
+        ("orpo", "complex", 8, 8),
+    ],
+)
+def test_a_suggested_rank_is_the_convention_and_says_so(method, complexity, largest, rank):
+    found = lora.suggest_rank(method, complexity, largest)
+    assert found.rank == rank
+    assert "a convention, not a finding: notebook 10 tests it" in str(found)
+    assert ("held to max_lora_rank" in str(found)) == (largest < 32)
+    lora.check_rank(found.rank, largest)
+
+
+def test_what_has_no_convention_is_refused():
+    with pytest.raises(ValueError, match="method is 'bert': it must be one of grpo, ppo"):
+        lora.suggest_rank("bert")
+    with pytest.raises(ValueError, match="task_complexity is 'hard'"):
+        lora.suggest_rank("sft", "hard")
+
+
+# --- RLinf's keys --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("is_lora: false", None),
+        ("is_lora: false\nlora_rank: 32\nlora_path: null", None),
+        ("is_lora: true\nlora_rank: 8", LoRA(rank=8, alpha=8, init="gaussian")),
+        ("is_lora: true\nlora_rank: 8\nlora_path:", LoRA(rank=8, alpha=8, init="gaussian")),
+        ("is_lora: true\nlora_path: runs/sft", Saved("runs/sft")),
+        ("is_lora: true\nlora_rank: 8\nlora_path: runs/sft", Saved("runs/sft", 8)),
+    ],
+)
+def test_rlinfs_keys_are_read(tmp_path, capsys, keys, expected):
+    file = tmp_path / "rlinf.yaml"
+    file.write_text(keys)
+    assert lora.from_rlinf(file) == expected
+    ignored = expected is None and "lora_rank" in keys
+    said = f"{file}: is_lora is false: full fine-tuning, lora_rank 32 is ignored.\n"
+    assert capsys.readouterr().out == said * ignored
+    nested = "\n".join("    " + line for line in keys.split("\n"))
+    file.write_text(f"algorithm:\n  adv_type: gae\nactor:\n  model:\n    precision: 32\n{nested}\n")
+    assert lora.from_rlinf(str(file)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({}, "is_lora is None: it must be true or false"),
+        ({"is_lora": "yes"}, "is_lora is 'yes': it must be true or false"),
+        ({"is_lora": True}, "lora_rank is None: is_lora is true, and without lora_path it needs"),
+        ({"is_lora": True, "lora_rank": 0}, "lora_rank is 0: it must be a whole number"),
+        ({"is_lora": True, "lora_rank": "16"}, "lora_rank is '16': it must be a whole number"),
+        ({"is_lora": True, "lora_path": 3}, "lora_path is 3: it must be the folder"),
+        ({"is_lora": True, "lora_path": ""}, "lora_path is '': it must be the folder"),
+        ({"is_lora": False, "lora_path": "sft"}, "lora_path is 'sft': is_lora is false, which"),
+        ({"is_lora": True, "lora_alpha": 8}, "unknown key 'lora_alpha': the keys are is_lora, "),
+        ({"actor": {"model": {"is_lora": True, "lora_r": 8}}}, "unknown key 'lora_r'"),
+        ({"actor": {"is_lora": True}}, "actor.model is None: it must hold is_lora, lora_rank"),
+    ],
+)
+def test_rlinfs_keys_that_contradict_or_are_unknown(tmp_path, settings, says):
+    import yaml
+
+    with pytest.raises(ValueError, match=f"^the mapping: {says}"):
+        lora.from_rlinf(settings)
+    file = tmp_path / "rlinf.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match=f"^{file}: {says}"):
+        lora.from_rlinf(file)
+
+
+@pytest.mark.parametrize(("text", "says"), [("a: [", "is no YAML"), ("- 1", r"the file is \[1\]")])
+def test_a_file_that_holds_no_keys(tmp_path, text, says):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"x.yaml:? ?{says}"):
+        lora.from_rlinf(tmp_path / "x.yaml")
+    with pytest.raises(FileNotFoundError):
+        lora.from_rlinf(tmp_path / "y.yaml")

@@ -1,0 +1,35 @@
+"""What the README says is what the files of the repository say."""
+
+import csv
+import re
+
+from rlnb.bootstrap import ROOT
+from tests.benchmarks import learning
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_results_follows_from_the_rows():
+    rows = learning.read()
+    assert {row["seed"] for row in rows} == {0, 1, 2}
+    assert learning.table(rows) in README
+
+
+def test_links_lead_to_files():
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert targets
+    missing = [t for t in targets if not t.startswith("http") and not (ROOT / t).exists()]
+    assert missing == []
+
+
+def test_every_notebook_is_in_the_table():
+    names = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert names == set(re.findall(r"\| \[(\w+)\]\(notebooks/\1\.ipynb\)", README))
+
+
+def test_results_say_which_command_made_them():
+    explained = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "data" / "results").glob("*.csv"):
+        assert path.name in explained
+        with path.open(newline="", encoding="utf-8") as file:
+            assert all(None not in row and None not in row.values() for row in csv.DictReader(file))

@@ -1,0 +1,64 @@
+"""Reward models: closed forms for pairs and best-of-n, and a real one trained for two steps."""
+
+import itertools
+import math
+
+import pytest
+
+from rlnb import reward_models
+from rlnb.reward_models import PairReport
+
+
+def test_accuracy_loss_and_calibration_of_known_margins():
+    assert PairReport((0.0,) * 4).loss == pytest.approx(math.log(2))
+    assert PairReport((0.0,) * 4).accuracy.k == 0  # it cannot tell, which is not right
+    report = PairReport((2.0, -2.0, 2.0, 2.0, 0.1, -0.1))
+    assert report.accuracy.k == 4
+    unsure, sure = report.calibration(bins=2)
+    assert sure == (pytest.approx(1 / (1 + math.exp(-2))), PairReport((-2.0, 2.0, 2.0)).accuracy)
+    assert unsure[1].n == 3
+    # Far out, neither the loss nor the confidence may overflow.
+    assert PairReport((-800.0,)).loss == pytest.approx(800)
+    assert PairReport((-800.0,)).calibration(1)[0][0] == 1.0
+
+
+def test_best_of_n_is_the_mean_over_all_draws():
+    proxy, gold = [[0.3, 0.1, 0.9, 0.5, 0.7]], [[0.0, 1.0, 0.0, 1.0, 1.0]]
+    for n in range(1, 6):
+        draws = itertools.combinations(range(5), n)
+        best = [gold[0][max(draw, key=lambda i: proxy[0][i])] for draw in draws]
+        found = reward_models.best_of_n(proxy, gold, [n])
+        assert found[n] == pytest.approx(sum(best) / len(best))
+
+
+def test_equal_proxy_scores_decide_nothing():
+    gold = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]]
+    found = reward_models.best_of_n([[5.0] * 4] * 2, gold, [1, 2, 4])
+    assert list(found.values()) == pytest.approx([0.375] * 3)
+    with pytest.raises(ValueError, match="best of n=5: there are 4 samples"):
+        reward_models.best_of_n([[5.0] * 4] * 2, gold, [5])
+
+
+def test_the_kl_of_best_of_n():
+    assert reward_models.best_of_n_kl(1) == 0
+    assert reward_models.best_of_n_kl(4) == pytest.approx(0.636, abs=1e-3)
+
+
+def test_scores_do_not_hang_on_the_batch_and_survive_saving(tmp_path):
+    from rlnb import models
+
+    model, tokenizer = reward_models.load("abacus-3m", models.LoRA(rank=4))
+    texts = [
+        [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2" * n}]
+        for n in (1, 9, 3, 30)
+    ]
+    together = reward_models.score(model, tokenizer, texts)
+    alone = [reward_models.score(model, tokenizer, [text])[0] for text in texts]
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert len(set(together)) == 4
+    trains = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all("lora_" in name or "score" in name for name in trains)
+    assert any("score" in name for name in trains)
+    models.save_adapter(model, tmp_path / "adapter")
+    again, _ = reward_models.load("abacus-3m", tmp_path / "adapter", seed=5)
+    assert reward_models.score(again, tokenizer, texts) == pytest.approx(together, abs=1e-6)
