@@ -12,7 +12,6 @@ better, -1 where j is, 0 for a tie; rank 1 is the best, and equal ranks are a ti
 
 import json
 import math
-import os
 import random
 import re
 from collections import Counter
@@ -22,7 +21,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import datasets, sampling
+from rlnb import datasets, files, sampling
 from rlnb import problems as tasks
 
 if TYPE_CHECKING:
@@ -62,12 +61,9 @@ def collect(
 
 def write(rows: Iterable[Row], path: str | Path) -> None:
     """Write rows, annotated or not, to a JSONL file that appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    partial.replace(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    files.write(Path(path), text)
 
 
 def read(path: str | Path) -> list[Row]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlnb import problems as tasks
 from rlnb.evaluate import Proportion
-from rlnb.runs import Table
+from rlnb.values import Table
 
 if TYPE_CHECKING:
     import numpy as np

@@ -41,6 +41,7 @@ def run_row(arm: str, seed: int, run: runs.Run) -> dict:
 
 def table(rows: list[dict]) -> str:
     """The table of the README: mean over seeds and its 95 % interval (Student's t), slowest run."""
+    rows = sorted(rows, key=lambda row: ["base", *ARMS].index(row["arm"]))
     lines = ["| | strict accuracy, held out | seeds | training |", "|---|---|---|---|"]
     for arm in dict.fromkeys(r["arm"] for r in rows):
         values = [100 * r["strict"] / r["n"] for r in rows if r["arm"] == arm]
