@@ -178,6 +178,12 @@ def _check_not_merged(layers: Iterable[Any]) -> None:
 
 
 def _check_new_name(model: Any, name: str) -> None:
-    if name in model.peft_config or "." in name:
-        why = "is taken" if name in model.peft_config else "has a dot, which PEFT can't store"
-        raise ValueError(f"adapter name {name!r} {why}: there are {', '.join(model.peft_config)}")
+    there, why = ", ".join(model.peft_config), None
+    if name in model.peft_config:
+        why = "is taken"
+    elif not name or "." in name or name in "lora_" or any(
+        name in key.split(".") for key, _ in model.named_parameters()
+    ):  # fmt: skip
+        why = "is one that PEFT would mix up with the model's own names"
+    if why:
+        raise ValueError(f"adapter name {name!r} {why}: choose another; there are {there}")

@@ -171,7 +171,9 @@ def load_weights(model: Any, folder: Path, name: str, trainable: bool) -> None:
     Raises ValueError, and takes a new name away again, if the file lacks a weight.
     """
     new = name not in model.peft_config
-    missing = model.load_adapter(str(folder), name, is_trainable=trainable).missing_keys
+    result = model.load_adapter(str(folder), name, is_trainable=trainable)
+    # PEFT lists every key that holds the name, so that "sft" finds fault with "sft2".
+    missing = [key for key in result.missing_keys if name in key.split(".")[-2:]]
     if missing:
         if new:
             model.delete_adapter(name)

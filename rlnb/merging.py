@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 SIGNIFICANT_BITS = {"float32": 24, "float16": 11, "bfloat16": 8}
 # The probe rounds weights alone. Where activations are rounded too, up to 2.8 times as much was seen.
-MARGIN = 4
-UNDECIDED = 1.0  # nats: the second token has more than a third of the first one's probability
+MARGIN = 6
+UNDECIDED = 0.5  # nats: the second token has over 60 % of the first one's probability
 
 
 @dataclass(frozen=True)

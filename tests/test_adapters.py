@@ -257,10 +257,11 @@ def test_adapters_that_cannot_be_added(base, saved, model, tmp_path):
     from safetensors.torch import load_file, save_file
 
     before = state(model)
-    with pytest.raises(ValueError, match="name 'dpo' is taken: there are default, dpo, grpo"):
+    with pytest.raises(ValueError, match="'dpo' is taken: .* there are default, dpo, grpo"):
         adapters.add(model, "dpo", saved["dpo"])
-    with pytest.raises(ValueError, match=r"name 'v1\.2' has a dot"):
-        adapters.add(model, "v1.2", saved["dpo"])
+    for name in ("v1.2", "mlp", "0", "lora_A", "a", ""):
+        with pytest.raises(ValueError, match=f"'{name}' is one that PEFT would mix up"):
+            adapters.add(model, name, saved["dpo"])
     with pytest.raises(FileNotFoundError, match="there is no adapter 'nowhere'"):
         adapters.add(model, "new", "nowhere")
     wide = tiny.make(tmp_path / "wide" / "tiny", intermediate_size=128)
@@ -275,6 +276,18 @@ def test_adapters_that_cannot_be_added(base, saved, model, tmp_path):
         adapters.add(model, "new", broken)
     check_unchanged(model, before)
     assert list(model.peft_config) == ["default", "dpo", "grpo"]
+
+
+def test_names_that_hold_each_other_are_kept_apart(model, saved, tmp_path):
+    for name in ("dpo2", "dp", "default_2"):
+        adapters.add(model, name, saved["dpo"])
+        folder = save_adapter(model, tmp_path / name, name)
+        for file in folders.FILES:
+            assert (folder / file).read_bytes() == (saved["dpo"] / file).read_bytes()
+    folder = save_adapter(model, tmp_path / "sft")
+    assert (folder / folders.FILES[1]).read_bytes() == (
+        saved["sft"] / folders.FILES[1]
+    ).read_bytes()
 
 
 def test_an_adapter_of_another_base_is_pointed_out(base, saved, tmp_path):

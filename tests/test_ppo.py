@@ -226,7 +226,7 @@ def of_make(kind, vocabulary=120):
     return model
 
 
-@pytest.mark.parametrize("kind", ("llama", "gpt2", "gemma2"))
+@pytest.mark.parametrize("kind", ("llama", "mistral", "gpt2", "gemma2"))
 def test_padding_early_ends_and_truncation_leave_log_probs_as_they_are(kind):
     model, dice = of_make(kind), random.Random(0)
     cases = ((3, 5), (20, 1), (1, 6), (9, 6), (2, 2))  # tokens of prompt and completion
@@ -247,6 +247,22 @@ def test_padding_early_ends_and_truncation_leave_log_probs_as_they_are(kind):
                 values, torch.cat([v for _, _, v in alone]), rtol=1e-4, atol=1e-4
             )
     assert batch.finished.tolist() == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("kind", ("llama", "gpt2", "mistral"))
+def test_the_attention_that_is_quick_is_the_same_attention(kind, monkeypatch):
+    model, ids = of_make(kind), torch.randint(2, 119, (3, 40))
+    predicts = torch.zeros(3, 40, dtype=torch.bool)
+    predicts[:, 9:-1] = True
+    found, calls = [], []
+    for at_once in (0, 2**24):
+        monkeypatch.setattr(ppo_model, "ATTENTION_AT_ONCE", at_once)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            with ppo_model.quick_attention(model, ids):
+                calls.append(model.config._attn_implementation)
+            found.append(ppo_model.ActorCritic(model)(ids, predicts)[0])
+    assert calls == ["sdpa", "eager"] and model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.1)  # bfloat16
 
 
 def test_log_probs_are_those_of_the_left_padded_sampler(base):
@@ -940,8 +956,11 @@ def test_two_processes_do_what_one_does(base, tmp_path):
     }  # fmt: skip
     one = launch(base, tmp_path / "one", per_device_train_batch_size=8, **settings)
     assert one.returncode == 0, one.stderr
-    command = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-               "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
+    # accelerate's name for a launch through torchrun; use_cpu=True puts both on the CPU.
+    command = (
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
+    )  # fmt: skip
     two = launch(base, tmp_path / "two", *command, per_device_train_batch_size=4,
                  ddp_backend="gloo", **settings)  # fmt: skip
     assert two.returncode == 0, two.stderr

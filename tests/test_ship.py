@@ -58,7 +58,7 @@ def test_a_right_merge_passes(pair, dtype):
     assert (in_place.dtype, on_disk.dtype) == ("float32", dtype)
     for check in (in_place, on_disk):
         assert check.ok
-        assert 0 < check.difference <= check.tolerance < 10 * check.difference
+        assert 0 < check.difference <= check.tolerance < 20 * check.difference
         assert check.texts == len(PROMPTS)
     assert in_place.same == in_place.texts
     assert in_place.difference < 1e-2 * on_disk.difference
@@ -120,8 +120,8 @@ def test_a_wrong_merge_is_caught_and_nothing_is_saved(
         (("float32", 0.1, 0.2, 3, 3, 0.0), True),
         (("float32", 0.3, 0.2, 3, 3, 0.0), False),
         (("float32", 0.1, 0.2, 2, 3, 1e-6), False),
-        (("bfloat16", 0.1, 0.2, 2, 3, 0.9), True),
-        (("bfloat16", 0.1, 0.2, 2, 3, 1.1), False),
+        (("bfloat16", 0.1, 0.2, 2, 3, 0.4), True),
+        (("bfloat16", 0.1, 0.2, 2, 3, 0.6), False),
         (("bfloat16", 0.3, 0.2, 3, 3, 0.0), False),
     ],
 )

@@ -29,7 +29,7 @@ def main() -> None:
     with models.quiet(), tempfile.TemporaryDirectory() as root:
         model, tokenizer = models.load_model(base, config)
         saved = models.save_adapter(model, Path(root) / "saved")
-        for name in ("a", "b"):
+        for name in ("one", "two"):
             adapters.add(model, name, saved)
         bare = iter([models.load_model(base)[0] for _ in range(options.rounds + 1)])
         settings = {"use_gradient_checkpointing": False, "random_state": 0}
@@ -45,7 +45,7 @@ def main() -> None:
             models._attach(next(bare), shape, kind, settings)
 
         def switch() -> None:
-            with adapters.using(model, "a"):
+            with adapters.using(model, "one"):
                 pass
 
         cases: dict[str, tuple[Callable[[], object], float]] = {
@@ -53,7 +53,10 @@ def main() -> None:
             "check and attach a new adapter": (attach, 100),
             "switch, and back": (switch, 100),
             "merge and verify": (lambda: merging.check_merge(model, tokenizer, prompts), 2000),
-            "add a saved adapter": (lambda: adapters.add(model, f"n{next(numbers)}", saved), 100),
+            "add a saved adapter": (
+                lambda: adapters.add(model, f"more{next(numbers)}", saved),
+                100,
+            ),
         }
         rows = []
         for name, (run, target) in cases.items():
