@@ -257,7 +257,7 @@ def test_adapters_that_cannot_be_added(base, saved, model, tmp_path):
     from safetensors.torch import load_file, save_file
 
     before = state(model)
-    with pytest.raises(ValueError, match="'dpo' is taken: .* there are default, dpo, grpo"):
+    with pytest.raises(ValueError, match=r"'dpo' is taken: .* there are default, dpo, grpo"):
         adapters.add(model, "dpo", saved["dpo"])
     for name in ("v1.2", "mlp", "0", "lora_A", "a", ""):
         with pytest.raises(ValueError, match=f"'{name}' is one that PEFT would mix up"):
