@@ -252,6 +252,21 @@ def test_an_init_that_rewrites_the_base_is_no_reference(base, init):
         assert not torch.allclose(logits(model), plain, atol=1e-2)
 
 
+def test_an_adapter_that_rewrote_the_base_does_so_again(base, tmp_path):
+    import torch
+
+    model, _ = load_model(base, LoRA(rank=4, init="pissa"), reference=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    folder = save_adapter(model, tmp_path / "pissa")
+    with pytest.raises(ValueError, match=r"init_lora_weights is 'pissa', which rewrites"):
+        load_model(base, folder)
+    again, _ = load_model(base, folder, reference=False)
+    assert torch.allclose(logits(again), logits(model), atol=1e-4)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])
 def test_targets_and_scale_reach_peft(base, targets):
     model, _ = load_model(base, LoRA(rank=4, alpha=8, targets=targets, use_rslora=True))
@@ -351,6 +366,7 @@ def test_nothing_is_looked_up_outside(base, monkeypatch):
         huggingface_hub.model_info("nobody/nothing")
     assert asked  # so a look-up would have been noticed
     assert os.environ["UNSLOTH_DISABLE_STATISTICS"] == os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    assert os.environ["TRL_EXPERIMENTAL_SILENCE"] == "1"
 
 
 def test_fast_inference_on_a_cpu_is_said_once(base, capsys):
