@@ -7,7 +7,8 @@ import importlib
 from pathlib import Path
 
 __version__ = "0.1.0"
-_MODULES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+_FILES = (*Path(__file__).parent.glob("[!_]*.py"), *Path(__file__).parent.glob("*/__init__.py"))
+_MODULES = sorted(p.parent.name if p.name == "__init__.py" else p.stem for p in _FILES)
 
 
 def __getattr__(name):

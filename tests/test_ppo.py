@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from rlnb import models, ppo, ppo_base, ppo_model, rewards
+from rlnb import models, ppo, rewards
+from rlnb.ppo import base as ppo_base
+from rlnb.ppo import model as ppo_model
+from rlnb.ppo.rollouts import rollouts
 from tests import tiny
 
 import torch
@@ -238,7 +241,7 @@ def test_padding_early_ends_and_truncation_leave_log_probs_as_they_are(kind):
         assert actor.plain_head == (kind != "gemma2")
         torch.nn.init.normal_(actor.value_head.weight)
         for pad in (PAD, END, 50):
-            batch = ppo.rollouts(*zip(*rows, strict=True), None, torch.zeros(5), {END}, pad)
+            batch = rollouts(*zip(*rows, strict=True), None, torch.zeros(5), {END}, pad)
             found, _, values = actor(batch.ids, batch.predicts)
             torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)
             alone = [actor(batch.ids[i : i + 1, :n], batch.predicts[i : i + 1, :n])
@@ -276,7 +279,7 @@ def test_log_probs_are_those_of_the_left_padded_sampler(base):
         model, tokenizer, asked, max_new_tokens=6, temperature=0, progress=False
     )
     ids = [row[0] for row in found.ids]
-    batch = ppo.rollouts(
+    batch = rollouts(
         sampling.tokenize(tokenizer, asked), ids, None, torch.zeros(12), {END}, PAD
     )
     actor = ppo_model.ActorCritic(model.eval())

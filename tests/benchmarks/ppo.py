@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--critics", action="store_true")
     options = parser.parse_args()
     if options.cpu_time:
-        ppo.time.perf_counter = time.process_time
+        ppo.trainer.time.perf_counter = time.process_time
     if options.profile:
         profile()
     elif options.critics:

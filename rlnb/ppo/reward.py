@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlnb import rewards
-from rlnb.ppo_model import REWARD, causal_lm, has_adapter, linear, right_pad, use_adapter
+from rlnb.ppo.model import REWARD, causal_lm, has_adapter, linear, right_pad, use_adapter
 
 ROWS_AT_ONCE = 64  # sequences that a reward model reads in one forward pass
 

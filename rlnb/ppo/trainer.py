@@ -10,8 +10,8 @@ Ouyang et al. 2022, arXiv 2203.02155). One step:
 5. update: several epochs of clipped gradient steps on the same batch.
 
 What is around it (optimizer, schedule, checkpoints, callbacks, several processes) is transformers'
-Trainer. TRL has had no PPOTrainer since 1.13. The mathematics is in ppo_math.py, what runs forward in
-ppo_model.py, rewards in ppo_reward.py. Untested on a GPU until tests/gpu has run on one.
+Trainer. TRL has had no PPOTrainer since 1.13. The mathematics is in maths.py, what runs forward in
+model.py, rewards in reward.py. Untested on a GPU until tests/gpu has run on one.
 """
 
 import copy
@@ -24,25 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlnb import ppo_checks, ppo_math, ppo_reward, rewards, sampling
-from rlnb.ppo_base import ActorCriticTrainer
-from rlnb.ppo_config import PPOConfig
-from rlnb.ppo_model import (
-    REFERENCE,
-    VALUE,
-    ActorCritic,
-    copy_adapter,
-    disable_dropout,
-    has_adapter,
-    is_empty,
-    use_adapter,
-)
-from rlnb.ppo_rollouts import Rollouts, put, rollouts, summary, table
+from rlnb import rewards, sampling
+from rlnb.ppo import checks, maths, reward
+from rlnb.ppo.base import ActorCriticTrainer
+from rlnb.ppo.config import PPOConfig
+from rlnb.ppo.model import (
+    REFERENCE, VALUE, ActorCritic, copy_adapter, disable_dropout, has_adapter, is_empty, use_adapter,
+)  # fmt: skip
+from rlnb.ppo.rollouts import Rollouts, put, rollouts, summary, table
 
 from accelerate.utils import gather_object, set_seed
 from transformers.trainer_utils import EvalLoopOutput
-
-__all__ = ["PPOConfig", "PPOTrainer"]
 
 UPDATE_METRICS = (
     "loss", "policy/loss", "policy/approx_kl", "policy/clipfrac", "policy/ratio", "value/loss",
@@ -57,7 +49,7 @@ class PPOTrainer(ActorCriticTrainer):
         trains whole. It gets an adapter "ref" if it starts from a trained adapter, and one named
         "value" or "reward" where the settings ask for one. Its dropout is set to 0.
     args: see PPOConfig.
-    reward_funcs: one or a list, see `ppo_reward.sources`; args.reward_weights weighs them.
+    reward_funcs: one or a list, see `reward.sources`; args.reward_weights weighs them.
     train_dataset: with a column "prompt" of strings or of messages. Other columns go to the reward
         functions.
     processing_class: the tokenizer.
@@ -79,21 +71,21 @@ class PPOTrainer(ActorCriticTrainer):
         callbacks: list | None = None,
         rollout_func: Callable[[list, Any], dict[str, list]] | None = None,
     ):
-        ppo_checks.check_model(model, args)
-        ppo_checks.check_prompts(train_dataset, model, processing_class, args, "train_dataset")
+        checks.check_model(model, args)
+        checks.check_prompts(train_dataset, model, processing_class, args, "train_dataset")
         if eval_dataset is not None:
-            ppo_checks.check_prompts(eval_dataset, model, processing_class, args, "eval_dataset")
+            checks.check_prompts(eval_dataset, model, processing_class, args, "eval_dataset")
         disable_dropout(model)
-        self.reward_sources = ppo_reward.sources(reward_funcs, model, processing_class)
+        self.reward_sources = reward.sources(reward_funcs, model, processing_class)
         self.reward_names = [source.name for source in self.reward_sources]
-        self.reward_weights = ppo_checks.reward_weights(args, self.reward_names)
+        self.reward_weights = checks.reward_weights(args, self.reward_names)
         self.micro_batch_size = args.per_device_train_batch_size
         # For Trainer's loop a batch of rollouts is one step. It is cut into pieces here.
         args = copy.copy(args)
         args.per_device_train_batch_size = args.rollouts_per_device
         args.gradient_accumulation_steps, args.dataloader_drop_last = 1, True
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
-        ppo_checks.check_size(train_dataset, args)
+        checks.check_size(train_dataset, args)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=list, processing_class=processing_class, callbacks=callbacks,
@@ -107,7 +99,7 @@ class PPOTrainer(ActorCriticTrainer):
         self._set_up_sampling(rollout_func)
         set_seed(args.seed, device_specific=True)  # each process samples in its own way
         self.kl_coef = args.kl_coef
-        self.reward_moments = ppo_math.RunningMoments()
+        self.reward_moments = maths.RunningMoments()
         self._from_rewards: dict[str, list[float]] = defaultdict(list)
 
     def _set_up_models(self) -> None:
@@ -160,7 +152,7 @@ class PPOTrainer(ActorCriticTrainer):
             self.optimizer.train()
         batch = self._roll_out(inputs)
         rolled_out = time.perf_counter()
-        updates = ppo_math.plan_updates(
+        updates = maths.plan_updates(
             batch.lengths.cpu(), args.num_ppo_epochs, args.num_mini_batches, self.micro_batch_size
         )
         first_epoch = [rows for update in updates[: args.num_mini_batches] for rows in update]
@@ -180,7 +172,7 @@ class PPOTrainer(ActorCriticTrainer):
         """Sample a completion for each row, and let the rewards judge it."""
         prompts = [row["prompt"] for row in rows]
         found = self.rollout_func(prompts, self)
-        ppo_checks.check_rollout(prompts, found, self.max_completion_length)
+        checks.check_rollout(prompts, found, self.max_completion_length)
         prompt_ids, completion_ids = found["prompt_ids"], found["completion_ids"]
         judged = self._judge(rows, prompt_ids, completion_ids).to(self.accelerator.device)
         return rollouts(
@@ -263,15 +255,15 @@ class PPOTrainer(ActorCriticTrainer):
             scores = scores - args.missing_eos_penalty * ~batch.finished
         kl = torch.zeros_like(batch.log_probs)
         if batch.reference is not None:
-            kl = ppo_math.kl_estimate(batch.log_probs, batch.reference, args.kl_estimator)
-        batch.rewards = token_rewards = ppo_math.token_rewards(scores, kl, mask, self.kl_coef)
+            kl = maths.kl_estimate(batch.log_probs, batch.reference, args.kl_estimator)
+        batch.rewards = token_rewards = maths.token_rewards(scores, kl, mask, self.kl_coef)
         if args.whiten_rewards:
-            token_rewards = ppo_math.whiten(token_rewards, mask, shift=False, total=self._total)
-        batch.advantages, batch.returns = ppo_math.gae(
+            token_rewards = maths.whiten(token_rewards, mask, shift=False, total=self._total)
+        batch.advantages, batch.returns = maths.gae(
             token_rewards, batch.values, mask, args.gamma, args.lam
         )
         if args.whiten_advantages:
-            batch.advantages = ppo_math.whiten(batch.advantages, mask, total=self._total)
+            batch.advantages = maths.whiten(batch.advantages, mask, total=self._total)
 
     def _update(self, model: Any, batch: Rollouts, updates: list[list[Tensor]]) -> Tensor:
         """The gradient of each update; an optimizer step after all but the last. Returns the mean loss."""
@@ -321,7 +313,7 @@ class PPOTrainer(ActorCriticTrainer):
         args, mask = self.args, batch.mask[rows]
         old, advantages = batch.log_probs[rows][mask], batch.advantages[rows][mask]
         log_probs, entropies, values = self._forward(model, batch, rows, entropy=args.ent_coef != 0)
-        losses, held = ppo_math.policy_loss(log_probs, old, advantages, args.cliprange)
+        losses, held = maths.policy_loss(log_probs, old, advantages, args.cliprange)
         with torch.no_grad():
             change = log_probs - old
             statistics = [losses, torch.expm1(change) - change, held, change.exp()]
@@ -329,7 +321,7 @@ class PPOTrainer(ActorCriticTrainer):
             statistics += [torch.zeros_like(old)] * 2
         else:
             before, returns = batch.values[rows][mask], batch.returns[rows][mask]
-            errors, held = ppo_math.value_loss(values, before, returns, args.cliprange_value)
+            errors, held = maths.value_loss(values, before, returns, args.cliprange_value)
             losses = losses + args.vf_coef * errors
             statistics += [errors, held]
         if entropies is not None:
@@ -343,7 +335,7 @@ class PPOTrainer(ActorCriticTrainer):
         return self.accelerator.reduce(x, "sum")
 
     def _columns(self, batch: Rollouts, gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """`ppo_rollouts.table` of all processes."""
+        """`rollouts.table` of all processes."""
         columns = table(batch, self.reward_names, self.args.kl_estimator)
         gathered = gather(torch.stack(list(columns.values()), 1)).cpu()
         return dict(zip(columns, gathered.unbind(1), strict=True))
@@ -358,7 +350,7 @@ class PPOTrainer(ActorCriticTrainer):
             self.record({"kl/coef": self.kl_coef})
         if self.args.kl_target is not None:
             kl, episodes = rows["k1"].mean().item(), len(rows["k1"])
-            self.kl_coef = ppo_math.adapted_kl_coef(
+            self.kl_coef = maths.adapted_kl_coef(
                 self.kl_coef, kl, self.args.kl_target, episodes, self.args.kl_horizon
             )
 

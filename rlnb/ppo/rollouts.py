@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlnb.ppo_math import kl_estimate
-from rlnb.ppo_model import right_pad, spans
+from rlnb.ppo.maths import kl_estimate
+from rlnb.ppo.model import right_pad, spans
 
 
 @dataclass
 class Rollouts:
-    """Completions and what is known of them before the first update. Shapes as in ppo_math."""
+    """Completions and what is known of them before the first update. Shapes as in maths.py."""
 
     ids: Tensor  # (B, L): prompt and completion, padded on the right
     lengths: Tensor  # (B,): of prompt and completion

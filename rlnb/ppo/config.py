@@ -36,7 +36,7 @@ class PPOConfig(TrainingArguments):
         missing_eos_penalty: taken off the score of a completion that has not ended (Stiennon et al. 2020
             kept summaries short of the limit in this way; TRL's name).
         kl_coef: beta, weight of the KL penalty for each token (Ouyang et al. 2022, eq. 2; they had 0.02).
-        kl_estimator: "k1" or "k3", see `ppo_math.kl_estimate`.
+        kl_estimator: "k1" or "k3", see `maths.kl_estimate`.
         kl_target: None keeps kl_coef as it is. A number, in nats per sequence, moves it so that the KL
             comes to that (Ziegler et al. 2019, 2.2), over kl_horizon completions.
         reference: what KL is measured from. "start": where the policy starts, which is the base with

@@ -6,9 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlnb import files, ppo_checks
-from rlnb.ppo_math import RunningMoments
-from rlnb.ppo_model import POLICY, REFERENCE, VALUE, ActorCritic, has_adapter
+from rlnb import files
+from rlnb.ppo import checks
+from rlnb.ppo.maths import RunningMoments
+from rlnb.ppo.model import POLICY, REFERENCE, VALUE, ActorCritic, has_adapter
 
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
@@ -82,7 +83,7 @@ class ActorCriticTrainer(Trainer):
         and data are given in the same way again.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(ppo_checks.last_checkpoint(Path(self.args.output_dir)))
+            resume_from_checkpoint = str(checks.last_checkpoint(Path(self.args.output_dir)))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
