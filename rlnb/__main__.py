@@ -8,14 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from rlnb import bootstrap
 from rlnb.bootstrap import ROOT
 
 PROFILES = ("cpu", "gpu", "smoke")
-METHODS = ("sft", "reward_model", "dpo", "kto", "orpo", "grpo")  # training.METHODS, but light
-STAGES = ("lint", "unit", "notebooks", "learning", "plain")
+METHODS = ("sft", "reward_model", "ppo", "rloo", "dpo", "kto", "orpo", "grpo")  # training.METHODS, but light
+STAGES = ("lint", "unit", "notebooks", "learning", "plain", "browser")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     if rest and arguments.do not in (_lab, _pretrain):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        if arguments.do is not _setup:
+        if arguments.do not in (_setup, _doctor):
             bootstrap.ensure(argv)
         if getattr(arguments, "profile", None):
             os.environ["RLNB_PROFILE"] = arguments.profile
@@ -59,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command("lab", _lab, "open JupyterLab; it gets the arguments that follow")
 
+    doctor = command("doctor", _doctor, "what works on this machine, or why a run is dead")
+    doctor.add_argument("run", nargs="?", help="id of a run; default: this machine")
+
     test = command("test", _test, "run the checks: see tests/README.md")
     test.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; default: the first three")
 
@@ -72,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     data = command("data", _data, "write data/problems/ anew")
     data.add_argument(
         "--preferences", action="store_true", help="data/preferences/ too: samples an SFT model"
+    )
+    data.add_argument(
+        "--reward-model", action="store_true", help="data/reward-model/ too: trains it, four minutes"
     )
     return parser
 
@@ -97,6 +104,17 @@ def _lab(arguments, rest) -> int:
     return bootstrap.become([sys.executable, "-m", "jupyterlab", *options, *rest])
 
 
+def _doctor(arguments, rest) -> int:
+    """Looks at the Python that would run the workbook, as it is: nothing is installed for it."""
+    python = bootstrap.interpreter(bootstrap.VENV)
+    elsewhere = Path(sys.prefix).resolve() != bootstrap.VENV.resolve()
+    if elsewhere and python.exists() and not find_spec("torch"):
+        bootstrap.become([str(python), "-m", "rlnb", "doctor", *filter(None, [arguments.run])])
+    from rlnb import doctor
+
+    return doctor.main(arguments.run)
+
+
 def _train(arguments, rest) -> int:
     from rlnb import training
 
@@ -117,6 +135,10 @@ def _data(arguments, rest) -> int:
         from rlnb import preferences, training
 
         preferences.write(training.collect_responses(), training.RESPONSES)
+    if arguments.reward_model:
+        from rlnb import training
+
+        training.ship_reward_model()
     return 0
 
 
@@ -164,6 +186,10 @@ def _commands(stage: str, pages: Path) -> list[list[str]]:
             [*python, "rlnb", "setup", "--kind", "plain", "--venv", str(other)],
             [*plain, "pytest", "tests"],
             [*plain, *run, "02_sft", "08_grpo"],
+        ],
+        "browser": [
+            [*python, "pip", "install", "-q", "-r", "requirements-browser.txt"],
+            [*python, "pytest", "tests/browser"],
         ],
     }[stage]
 

@@ -178,10 +178,12 @@ def _check_not_merged(layers: Iterable[Any]) -> None:
 
 
 def _check_new_name(model: Any, name: str) -> None:
+    from torch.nn import ModuleDict  # where PEFT keeps the parts: no name of its methods goes in
+
     there, why = ", ".join(model.peft_config), None
     if name in model.peft_config:
         why = "is taken"
-    elif not name or "." in name or name in "lora_" or any(
+    elif not name or "." in name or name in "lora_" or hasattr(ModuleDict(), name) or any(
         name in key.split(".") for key, _ in model.named_parameters()
     ):  # fmt: skip
         why = "is one that PEFT would mix up with the model's own names"

@@ -14,6 +14,7 @@ import os
 import random
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,12 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlnb import preferences, quality
+from rlnb.annotators import Annotator, Comparison, Gold, Row
 from rlnb.evaluate import Proportion
-from rlnb.preferences import Annotator, Gold, Row
 
 if TYPE_CHECKING:
-    from collections import Counter
-
     from datasets import Dataset
 
 SIDES = ("left", "right")
@@ -36,13 +35,10 @@ GOLD = Gold()
 
 @dataclass(frozen=True)
 class Item:
-    """One question to the annotator: a row with the k responses that are shown, in row order.
+    """One question to the annotator."""
 
-    order: the places in the row's responses from left to right on the screen.
-    """
-
-    row: Row
-    order: tuple[int, ...]
+    row: Row  # with the k responses that are shown
+    order: tuple[int, ...]  # their places in the row, from left to right on the screen
 
     @property
     def shown(self) -> list[str]:
@@ -50,7 +46,7 @@ class Item:
 
     @property
     def key(self) -> tuple:
-        return _key(self.row["id"], self.row["responses"])
+        return self.row["id"], frozenset(self.row["responses"])
 
 
 class Session:
@@ -62,28 +58,19 @@ class Session:
         Rows with one distinct response have nothing to compare: ``left_out`` counts them.
     path: a .jsonl file, or a folder, which gets a file for each annotator. Several may share either.
     gold: who to compare with in ``agreement``; None for rows without an answer.
-    ``file`` is where the answers go, ``current`` the item to answer (None at the end), ``labels``
-    the answers by item key in the order in which they came.
+    ``file`` is where the answers go, ``labels`` the answers by item key in the order of coming.
     """
 
     def __init__(
-        self,
-        rows: Iterable[Row],
-        annotator: str,
-        path: str | Path,
-        *,
-        k: int = 2,
-        seed: int = 0,
+        self, rows: Iterable[Row], annotator: str, path: str | Path, *, k: int = 2, seed: int = 0,
         gold: Annotator | None = GOLD,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if not isinstance(annotator, str) or not re.fullmatch(r"\w[\w .@-]{0,63}", annotator):
             raise ValueError(f"annotator is {annotator!r}: use letters, digits, ' ', '.', '@', '-'")
         if not 2 <= k <= 9:
             raise ValueError(f"k is {k}: 2 to 9 responses can be shown at a time")
         if gold and annotator == gold.name:
-            raise ValueError(
-                f"annotator is {annotator!r}, which is the name of the gold: take another"
-            )
+            raise ValueError(f"annotator is {annotator!r}, the name of the gold: take another")
         self.annotator, self.k, self.seed, self.gold = annotator, k, seed, gold
         self.path = Path(path)
         self._in_folder = self.path.is_dir() or not (self.path.suffix or self.path.is_file())
@@ -98,9 +85,13 @@ class Session:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self._by_key = {item.key: item for item in self.items}
         self.labels = self._replay(_events([self.file]), annotator)
-        self._find_current()
 
     # --- answering -------------------------------------------------------------------------------
+
+    @property
+    def current(self) -> Item | None:
+        """The item to answer, None at the end."""
+        return next((item for item in self.items if item.key not in self.labels), None)
 
     def choose(self, what: str) -> None:
         """Answer the current item: "left" or "right" ("1" to "9" for k > 2), "tie" or "skip".
@@ -108,16 +99,12 @@ class Session:
         The answer is on disk when this returns. Raises ValueError for anything else, and when no
         item is left.
         """
-        if self.current is None:
+        item = self.current
+        if item is None:
             raise ValueError(f"all {len(self.items)} items are answered; undo() takes one back")
-        if what not in self.choices(self.current):
-            raise ValueError(
-                f"the answer is {what!r}: it can be {', '.join(self.choices(self.current))}"
-            )
-        event = self._event(self.current, what)
-        self._append(event)
-        self.labels[self.current.key] = event
-        self._find_current()
+        if what not in (known := self.choices(item)):
+            raise ValueError(f"the answer is {what!r}: it can be {', '.join(known)}")
+        self.labels[item.key] = self._append(item, what)
 
     def undo(self) -> None:
         """Take this annotator's last answer back, also one of an earlier session; it is asked again.
@@ -127,9 +114,8 @@ class Session:
         if not self.labels:
             raise ValueError(f"{self.annotator} has answered nothing that could be taken back")
         key = next(reversed(self.labels))
-        self._append(self._event(self._by_key[key], "undo"))
+        self._append(self._by_key[key], "undo")
         del self.labels[key]
-        self._find_current()
 
     def choices(self, item: Item) -> tuple[str, ...]:
         """The answers that an item takes."""
@@ -137,18 +123,15 @@ class Session:
         return (*(SIDES if self.k == 2 else places), "tie", "skip")
 
     def play(self, annotator: Annotator, n: int | None = None, seed: int = 0) -> None:
-        """Let an annotator of rlnb.preferences answer the next n items, by default all.
+        """Let an annotator of rlnb.annotators answer the next n items, by default all.
 
         Of more than two responses it names the best, and skips if several share the first rank.
         """
-        for _ in range(len(self.items) if n is None else n):
-            if self.current is None:
-                return
-            (row,) = preferences.annotate([self.current.row], annotator, seed)
+        for item in [item for item in self.items if item.key not in self.labels][:n]:
+            (row,) = preferences.annotate([item.row], annotator, seed)
             best = [i for i, rank in enumerate(row["ranks"]) if rank == 1]
             if len(best) == 1:
-                place = self.current.order.index(best[0])
-                self.choose(self.choices(self.current)[place])
+                self.choose(self.choices(item)[item.order.index(best[0])])
             else:
                 self.choose("tie" if len(best) == len(row["ranks"]) else "skip")
 
@@ -186,9 +169,9 @@ class Session:
         """With the gold and with the others: how often both prefer the same, where both take a side."""
         found, mine = {}, self.annotations()
         for name, rows in self._references(mine).items():
-            _, labels = quality.shared([quality.verdicts(mine), quality.verdicts(rows)], ties=False)
-            if labels:
-                found[name] = Proportion(sum(a == b for a, b in labels), len(labels))
+            _, both = quality.shared([quality.verdicts(mine), quality.verdicts(rows)], ties=False)
+            if both:
+                found[name] = Proportion(sum(a == b for a, b in both), len(both))
         return found
 
     def report(self) -> quality.Table:
@@ -197,7 +180,7 @@ class Session:
         Raises ValueError if there is nobody to compare with or two have no item in common.
         """
         mine = self.annotations()
-        return quality.agreement(mine, *self._references(mine).values())
+        return quality.agreement({self.annotator: mine, **self._references(mine)})
 
     def pairs(self) -> "tuple[Dataset, Counter]":
         """The answers for RewardTrainer, DPOTrainer and ORPOTrainer: see ``preferences.pairs``."""
@@ -237,20 +220,15 @@ class Session:
         random.Random(f"{self.seed}-{self.annotator}-{row['id']}").shuffle(order)
         return Item({**row, "responses": [texts[i] for i in places]}, tuple(order))
 
-    def _find_current(self) -> None:
-        self.current = next((item for item in self.items if item.key not in self.labels), None)
-
-    def _event(self, item: Item, choice: str) -> dict[str, Any]:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        return {"time": now, "annotator": self.annotator, "id": item.row["id"], "choice": choice,
-                "shown": item.shown}  # fmt: skip
-
-    def _append(self, event: Mapping[str, Any]) -> None:
+    def _append(self, item: Item, choice: str) -> dict[str, Any]:
         """One write of one line, so that two sessions on one file don't cut each other's lines.
 
-        A line that a crash has cut is ended first. If it was no crash but a write under way, that
-        leaves an empty line, which does no harm.
+        A line that a crash has cut is ended first; behind a write under way that leaves an empty
+        line, which does no harm. Returns what the line says.
         """
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        event = {"time": now, "annotator": self.annotator, "id": item.row["id"], "choice": choice,
+                 "shown": item.shown}  # fmt: skip
         line = (json.dumps(event, ensure_ascii=False) + "\n").encode()
         with self.file.open("a+b", buffering=0) as file:
             if file.seek(0, os.SEEK_END):
@@ -259,12 +237,13 @@ class Session:
             if file.write(line) != len(line):
                 raise OSError(f"{self.file}: the answer was not written in full; is the disk full?")
             os.fsync(file.fileno())
+        return event
 
     def _replay(self, events: Iterable[dict], annotator: str) -> dict[tuple, dict]:
         """An annotator's answers that count, for the items of this session."""
         labels: dict[tuple, dict] = {}
         for event in events:
-            key = _key(event["id"], event["shown"])
+            key = (event["id"], frozenset(event["shown"]))
             if event["annotator"] == annotator and key in self._by_key:
                 labels.pop(key, None)
                 if event["choice"] != "undo":
@@ -272,19 +251,16 @@ class Session:
         return labels
 
     def _annotations(self, annotator: str, labels: Mapping[tuple, dict]) -> list[Row]:
-        rows = []
-        for item in self.items:
-            label = labels.get(item.key)
-            if label and label["choice"] != "skip":
-                rows.append(preferences.judged(item.row, annotator, _comparisons(item, label)))
-        return rows
+        made = [(item, labels[item.key]) for item in self.items if item.key in labels]
+        return [preferences.judged(item.row, annotator, _comparisons(item, label))
+                for item, label in made if label["choice"] != "skip"]  # fmt: skip
 
     def _references(self, mine: Sequence[Row]) -> dict[str, list[Row]]:
         gold = {self.gold.name: preferences.annotate(mine, self.gold)} if self.gold else {}
         return gold | self.others()
 
 
-def _comparisons(item: Item, label: Mapping[str, Any]) -> list[preferences.Comparison]:
+def _comparisons(item: Item, label: Mapping[str, Any]) -> list[Comparison]:
     """The one chosen is better than each other; the others are not compared. All equal for a tie."""
     texts, choice = item.row["responses"], label["choice"]
     if choice == "tie":
@@ -295,34 +271,27 @@ def _comparisons(item: Item, label: Mapping[str, Any]) -> list[preferences.Compa
             for i in range(len(texts)) if i != best]  # fmt: skip
 
 
-def _key(id: str, texts: Iterable[str]) -> tuple:
-    return id, frozenset(texts)
-
-
 def _events(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
     """The answers in files, in order. What is none, such as a line cut by a crash, is warned of."""
     for path in files:
         broken = []
         lines = path.read_bytes().splitlines() if path.is_file() else []
         for number, line in enumerate(lines, 1):
-            try:
-                event = json.loads(line)
-                if _is_event(event):
-                    yield event
-                    continue
-            except (ValueError, RecursionError):
-                pass
-            if line.strip():
+            if event := _event(line):
+                yield event
+            elif line.strip():
                 broken.append(number)
         if broken:
             warnings.warn(f"{path}: skipped line(s) {broken}, which are no answers", stacklevel=2)
 
 
-def _is_event(event: Any) -> bool:
-    if not isinstance(event, dict):
-        return False
-    texts, names = event.get("shown"), [event.get(n) for n in ("annotator", "id", "choice")]
+def _event(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+        texts, names = event["shown"], [event[name] for name in ("annotator", "id", "choice")]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
     if not isinstance(texts, list) or not all(isinstance(x, str) for x in [*texts, *names]):
-        return False
+        return None
     places = [*SIDES[: len(texts)], *map(str, range(1, len(texts) + 1))]
-    return event["choice"] in (*places, "tie", "skip", "undo")
+    return event if event["choice"] in (*places, "tie", "skip", "undo") else None

@@ -262,27 +262,22 @@ def from_rlinf(source: str | os.PathLike[str] | Mapping[str, Any]) -> LoRA | Sav
     """
     where, settings = _rlinf_settings(source)
     is_lora, rank, path = (settings.get(key) for key in ("is_lora", "lora_rank", "lora_path"))
-
-    def wrong(key: str, says: str) -> ValueError:
-        return ValueError(f"{where}: {key} is {settings.get(key)!r}: {says}")
-
-    if not isinstance(is_lora, bool):
-        raise wrong("is_lora", "it must be true or false")
-    if path is not None and not (isinstance(path, str | os.PathLike) and str(path)):
-        raise wrong("lora_path", "it must be the folder of a saved adapter, or null")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise wrong("lora_rank", "it must be a whole number of at least 1")
-    if not is_lora:
-        if path is not None:
-            raise wrong("lora_path", "is_lora is false, which would ignore it: set is_lora: true")
-        if rank is not None:
-            print(f"{where}: is_lora is false: full fine-tuning, lora_rank {rank} is ignored.")
-        return None
-    if path is not None:
-        return Saved(path, rank)
-    if rank is None:
-        raise wrong("lora_rank", "is_lora is true, and without lora_path it needs a rank")
-    return LoRA(rank=rank, alpha=rank, init="gaussian")
+    a_path = isinstance(path, str | os.PathLike) and str(path)
+    a_rank = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    for key, fine, says in (
+        ("is_lora", isinstance(is_lora, bool), "it must be true or false"),
+        ("lora_path", path is None or a_path, "it must be the folder of a saved adapter, or null"),
+        ("lora_rank", rank is None or a_rank, "it must be a whole number of at least 1"),
+        ("lora_path", is_lora or not a_path, "is_lora is false, which ignores it: set it to true"),
+        ("lora_rank", not is_lora or a_path or a_rank, "a new adapter (no lora_path) needs a rank"),
+    ):
+        if not fine:
+            raise ValueError(f"{where}: {key} is {settings.get(key)!r}: {says}")
+    if is_lora:
+        return Saved(path, rank) if a_path else LoRA(rank=rank, alpha=rank, init="gaussian")
+    if rank is not None:
+        print(f"{where}: is_lora is false: full fine-tuning, lora_rank {rank} is ignored.")
+    return None
 
 
 def _rlinf_settings(source: Any) -> tuple[str, Mapping[str, Any]]:

@@ -9,6 +9,7 @@ import ctypes
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -200,8 +201,6 @@ def measured() -> Iterator[Measured]:
         trainer.train()
     found.ram, found.gpu
     """
-    import psutil
-
     found = Measured()
     gc.collect()
     if sys.platform == "linux":
@@ -210,14 +209,29 @@ def measured() -> Iterator[Measured]:
     cuda = getattr(sys.modules.get("torch"), "cuda", None)
     on_gpu = cuda is not None and cuda.is_initialized()
     machine.reset_peak_memory()
-    ram, gpu = psutil.Process().memory_info().rss, cuda.memory_allocated() if on_gpu else 0
+    before, gpu = _status(), cuda.memory_allocated() if on_gpu else 0
     try:
         yield found
     finally:
-        if sys.platform == "linux":
-            found.ram = int(machine.peak_memory_mb() * MB) - ram
+        if after := _status():
+            # Pages of files, a library's code above all, come and go: they are not counted.
+            found.ram = after["VmHWM"] - after["RssFile"] - before["RssAnon"]
         if cuda is not None and cuda.is_initialized():
             found.gpu = cuda.max_memory_allocated() - gpu
+
+
+def _status() -> dict[str, int]:
+    """Memory of this process in bytes, {} where there is no such file. VmHWM is the peak.
+
+    getrusage's peak is none of use: it outlives the reset and exec, so that a child would start
+    with that of its parent, a large notebook kernel for one.
+    """
+    names = "VmHWM", "RssAnon", "RssFile"
+    with contextlib.suppress(OSError):
+        text = Path("/proc/self/status").read_text(encoding="ascii")
+        found = re.findall(rf"({'|'.join(names)}):\s+(\d+) kB", text)
+        return {name: 1024 * int(kib) for name, kib in found} if len(found) == 3 else {}
+    return {}
 
 
 def try_out(
@@ -259,21 +273,20 @@ def _try_out(settings: str) -> None:
 
     s = json.loads(settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    lora = LoRA(**s["lora"]) if s["lora"] else None
 
-    def train(model: Any, loss: Any) -> None:
+    def train(batch: int, length: int) -> None:
+        model, _ = models.load_model(s["name"], lora, dtype="float32", max_lora_rank=512)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        ids = torch.randint(model.config.vocab_size, (batch, length), device=device)
         for _ in range(s["steps"]):
             with torch.autocast(device, torch.bfloat16, enabled=s["autocast"]):
-                value = loss(model)
-            value.backward()
+                loss = model.train()(input_ids=ids, labels=ids).loss
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
-    warm = torch.ones(8, device=device)  # the first step of all imports half of torch
-    train(torch.nn.Linear(8, 8, device=device), lambda model: model(warm).sum())
-    lora = LoRA(**s["lora"]) if s["lora"] else None
+    train(1, 2)  # what is imported and compiled at first use stays, whatever is trained
     with measured() as found:
-        model, _ = models.load_model(s["name"], lora, dtype="float32", max_lora_rank=512)
-        ids = torch.randint(model.config.vocab_size, (s["batch"], s["length"]), device=device)
-        train(model.train(), lambda model: model(input_ids=ids, labels=ids).loss)
+        train(s["batch"], s["length"])
     print(json.dumps(asdict(found)))

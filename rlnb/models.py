@@ -18,6 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlnb import live
 from rlnb.folders import (
     DATA, base_name, check_fits, load_weights, read_saved, resolve, save_adapter, saved_rank,
     warn_of_another_base,
@@ -43,6 +44,7 @@ for _name, _value in {
     "UNSLOTH_DISABLE_STATISTICS": "1",  # nothing calls home: Unsloth on a GPU, TRL everywhere
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TRL_EXPERIMENTAL_SILENCE": "1",  # GRPO's rollout_func and ORPO would warn at every use
+    "TQDM_DELAY": "2",  # seconds: what is done before, such as tokenizing some rows, shows no bar
     # Unsloth's chunked loss for a CPU drops TRL's entropy and token accuracy from SFT's log.
     "UNSLOTH_CPU_CHUNKED_CE": "0",
 }.items():
@@ -53,8 +55,15 @@ for _name, _value in {
 def backend() -> str:
     """Import Unsloth, once, and name what does the work: "unsloth-cpu", "unsloth-gpu" or "plain".
 
-    Raises RuntimeError, with Unsloth's own message, where it is installed and does not import.
+    From then on trainers show themselves with rlnb.live. Raises RuntimeError, with Unsloth's own
+    message, where it is installed and does not import.
     """
+    kind = _import_backend()
+    live.install()
+    return kind
+
+
+def _import_backend() -> str:
     reason = None
     if sys.platform == "darwin":
         reason = "Unsloth has no torch backend on macOS"
@@ -322,7 +331,7 @@ def quiet(bars: bool = True) -> Iterator[None]:
                 logging.disable_progress_bar()
                 stack.callback(logging.enable_progress_bar)
         try:
-            with contextlib.redirect_stdout(held):
+            with live.kept("stdout", held):
                 yield
         except BaseException:
             print(held.getvalue(), end="", file=sys.stderr)

@@ -1,14 +1,14 @@
 """How good preference labels are: do annotators agree, and what is odd about the data.
 
-    agreement(annotate(rows, Gold()), annotate(rows, Noisy()))     kappa of each two, and of all
-    report(gold=annotate(rows, Gold()), pairs=some_dataset)        a column for each data set
+    ranked = {a.name: annotate(rows, a) for a in (Gold(), Noisy(), Clarity())}
+    agreement(ranked)                     kappa of each two annotators, and of all
+    report(ranked | {"pairs": pairs})     a column for each data set
 
-Annotations are rows of ``preferences.annotate``, one annotator each. kappa is the agreement beyond
-chance: 1 is full, 0 what annotators who label at random with their own habits would reach.
+Annotations are rows of ``preferences.annotate``. kappa is the agreement beyond chance: 1 is full, 0
+what annotators who label at random with their own habits would reach.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 RESAMPLES = 2000
+Labels = Sequence[Hashable]
+Row = Mapping[str, Any]
 
 # --- kappa ---------------------------------------------------------------------------------------
 
@@ -43,12 +45,7 @@ class Kappa:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def cohen(
-    first: Sequence[Hashable],
-    second: Sequence[Hashable],
-    groups: Sequence[Hashable] | None = None,
-    seed: int = 0,
-) -> Kappa:
+def cohen(first: Labels, second: Labels, groups: Labels | None = None, seed: int = 0) -> Kappa:
     """Cohen's kappa of two annotators' labels of the same items, in the same order.
 
     (p - e) / (1 - e), with p the share of items with equal labels and e what p would be by chance,
@@ -58,24 +55,19 @@ def cohen(
     """
     import numpy as np
 
-    _check_items(len(first), len(second), len(first if groups is None else groups))
-    place = {label: i for i, label in enumerate(dict.fromkeys([*first, *second]))}
-    tables = np.zeros((len(first), len(place), len(place)))  # one a item: first's label x second's
-    for table, a, b in zip(tables, first, second, strict=True):
-        table[place[a], place[b]] = 1
+    _check_items(first, second, groups)
+    labels = list(dict.fromkeys([*first, *second]))
+    one, two = ([[x == label for label in labels] for x in side] for side in (first, second))
+    tables = np.einsum("ia,ib->iab", np.array(one, float), np.array(two, float))  # one an item
 
-    def statistic(table: "np.ndarray") -> "np.ndarray":
-        total = table.sum((-2, -1))
-        observed = table.trace(axis1=-2, axis2=-1) / total
-        chance = (table.sum(-1) * table.sum(-2)).sum(-1) / total**2
-        return _beyond(observed, chance)
+    def shares(table: "np.ndarray") -> tuple["np.ndarray", "np.ndarray"]:
+        table = table / table.sum((-2, -1), keepdims=True)
+        return table.trace(axis1=-2, axis2=-1), (table.sum(-1) * table.sum(-2)).sum(-1)
 
-    return _bootstrap(statistic, tables, groups, seed)
+    return _kappa(shares, tables, groups, seed)
 
 
-def fleiss(
-    counts: Sequence[Sequence[int]], groups: Sequence[Hashable] | None = None, seed: int = 0
-) -> Kappa:
+def fleiss(counts: Sequence[Sequence[int]], groups: Labels | None = None, seed: int = 0) -> Kappa:
     """Fleiss' kappa: counts[i][c] annotators, as many for each item, gave item i the label c.
 
     As Cohen's, with p the share of equal labels over all pairs of annotators and e from how often
@@ -84,70 +76,62 @@ def fleiss(
     """
     import numpy as np
 
-    _check_items(len(counts), len(counts), len(counts if groups is None else groups))
+    _check_items(counts, counts, groups)
     counts = np.asarray(counts, float)
     raters = int(counts[0].sum())
     if raters < 2 or (counts.sum(1) != raters).any():
         odd = int(np.argmax(counts.sum(1) != raters))
-        raise ValueError(
-            f"item {odd} has {counts[odd].sum():.0f} labels and item 0 has {raters}: "
-            "each needs the same number, two or more"
-        )
+        one = f"item {odd} has {counts[odd].sum():.0f} labels and item 0 has {raters}"
+        raise ValueError(f"{one}: each needs the same number, two or more")
     agreeing = ((counts**2).sum(1) - raters) / (raters * (raters - 1))
 
+    def shares(sums: "np.ndarray") -> tuple["np.ndarray", "np.ndarray"]:
+        labels = sums[..., 1:].sum(-1)
+        return sums[..., 0] * raters / labels, ((sums[..., 1:] / labels[..., None]) ** 2).sum(-1)
+
+    return _kappa(shares, np.column_stack([agreeing, counts]), groups, seed)
+
+
+def _kappa(shares: Callable, parts: "np.ndarray", groups: Labels | None, seed: int) -> Kappa:
+    """Kappa of the sum of parts, (items, ...), and its spread when whole groups are drawn.
+
+    shares: from such sums to the share of equal labels and the one that chance would give.
+    """
+    import numpy as np
+
     def statistic(sums: "np.ndarray") -> "np.ndarray":
-        items = sums[..., 1:].sum(-1) / raters
-        shares = sums[..., 1:] / (items * raters)[..., None]
-        return _beyond(sums[..., 0] / items, (shares**2).sum(-1))
+        observed, chance = shares(sums)
+        return (observed - chance) / np.where(chance < 1 - 1e-12, 1 - chance, np.nan)
 
-    return _bootstrap(statistic, np.column_stack([agreeing, counts]), groups, seed)
-
-
-def _beyond(observed: "np.ndarray", chance: "np.ndarray") -> "np.ndarray":
-    import numpy as np
-
-    room = np.where(chance < 1 - 1e-12, 1 - chance, np.nan)
-    return (observed - chance) / room
-
-
-def _bootstrap(
-    statistic: Callable, parts: "np.ndarray", groups: Sequence[Hashable] | None, seed: int
-) -> Kappa:
-    """A statistic of the sum of parts, (items, ...), and its spread when whole groups are drawn."""
-    import numpy as np
-
-    n = len(parts)
-    value = float(statistic(parts.sum(0)))
-    if groups is not None:
-        place = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-        sums = np.zeros((len(place), *parts.shape[1:]))
-        np.add.at(sums, [place[group] for group in groups], parts)
-        parts = sums
-    if len(parts) < 2:
-        return Kappa(value, math.nan, math.nan, n)
+    groups = range(len(parts)) if groups is None else groups
+    place = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    sums = np.zeros((len(place), *parts.shape[1:]))
+    np.add.at(sums, [place[group] for group in groups], parts)
     drawn = np.random.default_rng(seed).multinomial(
-        len(parts), np.full(len(parts), 1 / len(parts)), RESAMPLES
+        len(sums), np.full(len(sums), 1 / len(sums)), RESAMPLES
     )  # (resamples, groups): how often each group is in the resample
-    found = statistic(np.tensordot(drawn, parts, 1))
+    found = statistic(np.tensordot(drawn, sums, 1))
     found = found[~np.isnan(found)]
-    low, high = np.quantile(found, [0.025, 0.975]) if len(found) else (math.nan, math.nan)
-    return Kappa(value, float(low), float(high), n)
+    if len(sums) < 2 or not len(found):
+        low = high = math.nan
+    else:
+        low, high = map(float, np.quantile(found, [0.025, 0.975]))
+    return Kappa(float(statistic(parts.sum(0))), low, high, len(parts))
 
 
-def _check_items(first: int, second: int, groups: int) -> None:
-    if not first == second == groups or not first:
-        raise ValueError(
-            f"the annotators have {first} and {second} labels, and there are {groups} groups: "
-            "each item needs one of each, and there must be an item"
-        )
+def _check_items(first: Sequence, second: Sequence, groups: Labels | None) -> None:
+    sizes = [len(first), len(second), len(first if groups is None else groups)]
+    if len(set(sizes)) > 1 or not sizes[0]:
+        raise ValueError("{} and {} labels, {} groups: each item needs one of each".format(*sizes))
 
 
 # --- agreement -----------------------------------------------------------------------------------
 
 
-def agreement(*annotations: Sequence[Mapping[str, Any]], ties: bool = True) -> Table:
+def agreement(annotations: Mapping[str, Iterable[Row]], ties: bool = True) -> Table:
     """How two or more annotators agree on the comparisons that they all made of the same texts.
 
+    annotations: annotated rows by the annotator's name.
     A row for each two (share of equal labels, Cohen's kappa) and, from three on, one for all (share
     on which all agree, Fleiss' kappa). Labels are: the one is better, the other is, a tie.
     ties=False leaves out comparisons that one of those in the row calls a tie. As neither text is
@@ -159,29 +143,27 @@ def agreement(*annotations: Sequence[Mapping[str, Any]], ties: bool = True) -> T
     """
     if len(annotations) < 2:
         raise ValueError(f"agreement needs two annotations or more, not {len(annotations)}")
-    labels = [verdicts(rows) for rows in annotations]
-    names = [name(rows, i) for i, rows in enumerate(annotations)]
+    labels = {name: verdicts(rows) for name, rows in annotations.items()}
     found = Table()
-    everybody = tuple(range(len(labels)))
-    for some in dict.fromkeys([*combinations(everybody, 2), everybody]):
-        who = ", ".join(names[i] for i in some)
-        items, table = shared([labels[i] for i in some], ties)
+    for names in dict.fromkeys([*combinations(labels, 2), tuple(labels)]):
+        who = ", ".join(names)
+        items, table = shared([labels[name] for name in names], ties)
         if not items:
             raise ValueError(f"{who} have no comparison in common")
         prompts = [item[0] for item in items] * 2
         both = table + [tuple(-c for c in row) for row in table]
-        if len(some) == 2:
+        if len(names) == 2:
             kappa = cohen(*zip(*both, strict=True), prompts)
         else:
             kappa = fleiss([[row.count(c) for c in (1, 0, -1)] for row in both], prompts)
         agree = Proportion(sum(len(set(row)) == 1 for row in table), len(table))
-        found.append({"annotators": who, "kappa of": "Cohen" if len(some) == 2 else "Fleiss",
+        found.append({"annotators": who, "kappa of": "Cohen" if len(names) == 2 else "Fleiss",
                       "comparisons": len(table), "agree": agree,
                       "kappa": replace(kappa, n=len(table))})  # fmt: skip
     return found
 
 
-def verdicts(rows: Iterable[Mapping[str, Any]]) -> dict[tuple, int]:
+def verdicts(rows: Iterable[Row]) -> dict[tuple, int]:
     """(prompt's id, text, other text), the texts in order -> 1, 0 or -1 for the first of them.
 
     Of a comparison that was made twice the first counts, and equal texts are none.
@@ -203,33 +185,17 @@ def shared(labels: Sequence[dict[tuple, int]], ties: bool = True) -> tuple[list,
     return items, [tuple(verdict[i] for verdict in labels) for i in items]
 
 
-def name(rows: Sequence[Mapping[str, Any]], place: int) -> str:
-    """Who annotated the rows, as far as they say."""
-    return next((row["annotator"] for row in rows if row.get("annotator")), f"data {place + 1}")
-
-
 # --- report --------------------------------------------------------------------------------------
 
 
-def report(*data: Iterable[Mapping[str, Any]], **named: Iterable[Mapping[str, Any]]) -> Table:
-    """``measure`` of each data set, one column each, under the annotator's name or the one given.
-
-    Raises ValueError where two have the same name.
-    """
-    lists = [list(rows) for rows in data]
-    found = {name(rows, i): measure(rows) for i, rows in enumerate(lists)}
-    if len(found) < len(lists) or found.keys() & named:
-        raise ValueError(
-            f"two are called the same, of {', '.join(found)}: say report(one=..., two=...)"
-        )
-    found |= {title: measure(rows) for title, rows in named.items()}
+def report(data: Mapping[str, Iterable[Row]]) -> Table:
+    """``measure`` of each data set, one column each, under its name."""
+    found = {name: measure(rows) for name, rows in data.items()}
     lines = dict.fromkeys(line for column in found.values() for line in column)
-    return Table(
-        {"": line} | {title: column.get(line) for title, column in found.items()} for line in lines
-    )
+    return Table({"": line} | {n: c.get(line) for n, c in found.items()} for line in lines)
 
 
-def measure(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def measure(rows: Iterable[Row]) -> dict[str, Any]:
     """What there is to know of annotated rows, pairs, or unpaired labels: counts and proportions.
 
     Lengths are in characters. "longer wins" is the share of comparisons of unequal length that the
@@ -245,13 +211,11 @@ def measure(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         return _measure_pairs(rows)
     if {"completion", "label"} <= columns:
         return _measure_labels(rows)
-    raise ValueError(
-        f"columns {', '.join(sorted(columns)) or 'none'}: a report is on annotated rows "
-        "(comparisons), pairs (chosen, rejected) or labels (completion, label)"
-    )
+    there = ", ".join(sorted(columns)) or "none"
+    raise ValueError(f"columns {there}: comparisons, or chosen and rejected, or label are needed")
 
 
-def intransitive(rows: Iterable[Mapping[str, Any]]) -> Proportion | None:
+def intransitive(rows: Iterable[Row]) -> Proportion | None:
     """Of the triples compared without a tie, how many go round in a circle: a > b > c > a.
 
     At random a quarter do. None if there is no such triple.
@@ -269,7 +233,7 @@ def intransitive(rows: Iterable[Mapping[str, Any]]) -> Proportion | None:
     return Proportion(circles, triples) if triples else None
 
 
-def _measure_annotations(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _measure_annotations(rows: list[Row]) -> dict[str, Any]:
     made = [(row, row["responses"][i], row["responses"][j], c)
             for row in rows for i, j, c in row["comparisons"]]  # fmt: skip
     if not made:
@@ -288,13 +252,12 @@ def _measure_annotations(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _measure_pairs(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
-    made = Counter(
-        (_text(row["prompt"]), _text(row["chosen"]), _text(row["rejected"])) for row in rows
-    )
-    chosen, rejected = ([_text(row[side]) for row in rows] for side in ("chosen", "rejected"))
+def _measure_pairs(rows: list[Row]) -> dict[str, Any]:
+    texts = [tuple(_text(row[side]) for side in ("prompt", "chosen", "rejected")) for row in rows]
+    prompts, chosen, rejected = zip(*texts, strict=True)
+    made = set(texts)
     return {
-        "prompts": len({prompt for prompt, _, _ in made}),
+        "prompts": len(set(prompts)),
         "pairs": len(rows),
         "duplicates": len(rows) - len(made),
         "contradictions": sum((p, b, a) in made for p, a, b in made) // 2,
@@ -303,7 +266,7 @@ def _measure_pairs(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _measure_labels(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _measure_labels(rows: list[Row]) -> dict[str, Any]:
     texts = [(_text(row["prompt"]), _text(row["completion"]), row["label"]) for row in rows]
     good, bad = ([text for _, text, label in texts if label is side] for side in (True, False))
     return {
@@ -322,17 +285,13 @@ def _longer(wins: Iterable[tuple[str, str]]) -> Proportion | None:
 
 
 def _lengths(side: str, texts: list[str], other: str, others: list[str]) -> dict[str, float | None]:
-    sides = ((side, texts), (other, others))
+    sides = {side: texts, other: others}.items()
     return {f"{s}, characters": round(fmean(map(len, t)), 1) if t else None for s, t in sides}
 
 
-def _strict(row: Mapping[str, Any], text: str) -> bool:
+def _strict(row: Row, text: str) -> bool:
     return tasks.grade(text, row["question"], row["answer"]).strict
 
 
 def _text(messages: str | list[Mapping[str, str]]) -> str:
-    if isinstance(messages, str):
-        return messages
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    return messages if isinstance(messages, str) else "\n".join(m["content"] for m in messages)

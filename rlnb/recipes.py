@@ -56,6 +56,7 @@ class Recipe:
     accumulate: int = 1  # the batch is cut into this many pieces to save memory
     max_new_tokens: int = 64  # a five-step solution of the practice model has some 55
     test_problems: int = 500  # held-out problems for the figure that the notebook reports
+    max_lora_rank: int = 64  # the largest rank that rollouts serve
 
     def trl(self, folder: str | Path, seed: int) -> dict:
         """Arguments for TRL's config class. The rate falls in a straight line to zero after a short warm-up."""
@@ -158,12 +159,16 @@ class RewardModel(Pairs):
     """A reward model under the Bradley-Terry model: loss -log sigmoid(r_chosen - r_rejected)."""
 
     method: ClassVar[str] = "reward_model"
-    learning_rate: float = 2e-3
-    steps: int = 64
+    rank: int = 64
+    alpha: int = 128
+    learning_rate: float = 1e-3  # at 2e-3 it diverges now and then
+    steps: int = 400
     batch: int = 32
+    pairs: int = 4096
+    center: float = 0.02  # pulls r_chosen + r_rejected to 0, so that prompts can be compared
 
     def trl(self, folder: str | Path, seed: int) -> dict:
-        return super().trl(folder, seed) | dict(center_rewards_coefficient=None)
+        return super().trl(folder, seed) | dict(center_rewards_coefficient=self.center)
 
 
 @dataclass(frozen=True)
@@ -214,6 +219,55 @@ class ORPO(Pairs):
         return super().trl(folder, seed) | dict(beta=self.beta)
 
 
+@dataclass(frozen=True)
+class RLHF(Recipe):
+    """What learns from a reward model's scores: PPO and RLOO. ``batch`` counts completions."""
+
+    learning_rate: float = 1e-3
+    steps: int = 40
+    batch: int = 64
+    temperature: float = 1.0
+    kl_coef: float = 0.05  # nats of KL from the start that one point of reward outweighs: 1 / kl_coef
+
+    def trl(self, folder: str | Path, seed: int) -> dict:
+        return super().trl(folder, seed) | dict(
+            max_completion_length=self.max_new_tokens, temperature=self.temperature, top_p=1.0
+        )
+
+
+@dataclass(frozen=True)
+class PPO(RLHF):
+    """Proximal policy optimization with a critic (arXiv 1707.06347, as arXiv 2203.02155 uses it)."""
+
+    method: ClassVar[str] = "ppo"
+    epochs: int = 2  # passes over each batch of rollouts
+    lam: float = 0.95
+    value_model: str = "trunk"
+    value_learning_rate: float = 1e-2  # the critic's head starts from nothing
+
+    def trl(self, folder: str | Path, seed: int) -> dict:
+        return super().trl(folder, seed) | dict(
+            num_ppo_epochs=self.epochs, num_mini_batches=1, kl_coef=self.kl_coef, gamma=1.0,
+            lam=self.lam, vf_coef=0.1, cliprange=0.2, cliprange_value=0.2, whiten_advantages=True,
+            value_model=self.value_model, value_learning_rate=self.value_learning_rate,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RLOO(RLHF):
+    """REINFORCE with the other completions of the prompt as baseline (arXiv 2402.14740)."""
+
+    method: ClassVar[str] = "rloo"
+    group: int = 4  # completions per prompt (num_generations)
+
+    def trl(self, folder: str | Path, seed: int) -> dict:
+        return super().trl(folder, seed) | dict(
+            num_generations=self.group, generation_batch_size=self.batch, top_k=0,
+            beta=self.kl_coef, num_iterations=1, epsilon=0.2, normalize_advantages=False,
+            mask_truncated_completions=False, log_completions=False,
+        )  # fmt: skip
+
+
 _GPU = dict(rank=32, alpha=32, max_new_tokens=256, test_problems=500)
 _SMOKE = dict(steps=2, batch=16, test_problems=16, max_new_tokens=32)
 
@@ -224,12 +278,15 @@ def _profiles(method: type[Recipe], gpu: dict, smoke: dict, **cpu) -> dict[str, 
 
 _GRPO_GPU = dict(learning_rate=2e-5, batch=64, accumulate=4)
 _PAIRS_GPU = dict(steps=96, batch=16, accumulate=2)
+_RLHF_GPU = dict(learning_rate=1e-5, steps=150, accumulate=4)
 RECIPES: dict[str, dict[str, Recipe]] = {
     "sft": _profiles(SFT, dict(learning_rate=2e-4, demonstrations=256), dict(demonstrations=16)),
     "reward_model": _profiles(RewardModel, _PAIRS_GPU | dict(learning_rate=1e-4), dict(pairs=32)),
     "dpo": _profiles(DPO, _PAIRS_GPU | dict(learning_rate=5e-6), dict(pairs=32)),
     "kto": _profiles(KTO, _PAIRS_GPU | dict(learning_rate=5e-6), dict(pairs=32)),
     "orpo": _profiles(ORPO, _PAIRS_GPU | dict(learning_rate=5e-5), dict(pairs=32)),
+    "ppo": _profiles(PPO, _RLHF_GPU | dict(value_learning_rate=1e-4), dict()),
+    "rloo": _profiles(RLOO, _RLHF_GPU, dict()),
     "grpo_from_base": _profiles(GRPO, _GRPO_GPU | dict(steps=200), dict(group=4), steps=110),
     "grpo": _profiles(GRPO, _GRPO_GPU | dict(steps=150), dict(group=4)),
 }

@@ -7,7 +7,8 @@ chance that y is preferred to z is sigmoid(r(x, y) - r(x, z)).
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
@@ -72,6 +73,17 @@ def score(
     return found
 
 
+def as_reward(model: Any, tokenizer: Any) -> Callable[..., list[float]]:
+    """The model as a reward function with TRL's signature, for conversational prompts."""
+
+    def reward_model(
+        prompts: list[Messages], completions: list[Messages], **columns: Any
+    ) -> list[float]:
+        return score(model, tokenizer, [p + c for p, c in zip(prompts, completions, strict=True)])
+
+    return reward_model
+
+
 @dataclass(frozen=True)
 class PairReport:
     """What a reward model says of pairs: margins are r(chosen) - r(rejected), a pair each."""
@@ -109,6 +121,19 @@ def judge_pairs(model: Any, tokenizer: Any, pairs: Iterable[Mapping[str, Any]]) 
     texts = [row["prompt"] + row[side] for side in ("chosen", "rejected") for row in pairs]
     found = score(model, tokenizer, texts)
     return PairReport(tuple(a - b for a, b in zip(found, found[len(pairs) :], strict=False)))
+
+
+def auc(right: Iterable[float], wrong: Iterable[float]) -> float:
+    """The chance that one of the right scores higher than one of the wrong; a tie counts half.
+
+    The area under the ROC curve, and the statistic of Mann and Whitney (1947) over its largest
+    value; 0.5 for a model that cannot tell. Raises ValueError if either has no score.
+    """
+    right, wrong = list(right), sorted(wrong)
+    if not right or not wrong:
+        raise ValueError(f"{len(right)} right and {len(wrong)} wrong scores: each needs one")
+    wins = sum(bisect_left(wrong, x) + bisect_right(wrong, x) for x in right) / 2
+    return wins / (len(right) * len(wrong))
 
 
 def best_of_n(

@@ -13,10 +13,12 @@ import itertools
 import json
 import os
 import re
+import shutil
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +30,7 @@ from rlnb.values import Table, fits_a_cell, jsonable, number, read_rows
 SCHEMA = 1  # of run.json; a reader skips what it does not know
 COLUMNS = ("id", "method", "model", "status", "seed", "labels", "seconds", "train_seconds",
            "peak_memory_mb")  # fmt: skip
+ASKED = ("seed", "model", "profile", "parent", "labels")  # settings beside the config
 
 
 @dataclass(eq=False, repr=False)
@@ -62,6 +65,7 @@ class Run:
     process: dict[str, Any] = field(default_factory=dict)
 
     _began = None  # time.perf_counter() at the start; no field, as only `start` knows it
+    _training = None  # the model that `callback` sees, until the run ends
 
     def __repr__(self) -> str:
         cost = "" if self.seconds is None else f", {self.seconds:.1f} s"
@@ -114,12 +118,18 @@ class Run:
             self._save()
 
     def callback(self):
-        """A transformers TrainerCallback that puts the numbers of each log into the curve."""
+        """A transformers TrainerCallback that puts the numbers of each log into the curve, and has
+        the adapter saved if the run is interrupted.
+        """
         from transformers import TrainerCallback
 
         run = self
 
         class Curve(TrainerCallback):
+            def on_train_begin(self, args, state, control, model=None, **kwargs):
+                if state.is_world_process_zero:
+                    run._training = model
+
             def on_log(self, args, state, control, logs=None, **kwargs):
                 if state.is_world_process_zero:
                     run._append(state.global_step, logs or {})
@@ -139,10 +149,21 @@ class Run:
             file.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
 
     def _close(self, status: str, error: BaseException | None = None) -> None:
+        if status == "interrupted":
+            self._keep()
+        self._training = None
         self._measure()
         self.status = status
         self.error = f"{type(error).__name__}: {error}"[:2000] if error else None
         self._save()
+
+    def _keep(self) -> None:
+        """Saves what an interrupted training has learnt, unless the run has saved its adapter."""
+        if hasattr(self._training, "peft_config") and not self.adapter.exists():
+            from rlnb import folders
+
+            with suppress(Exception):  # the interrupt goes on, and is what the user is told of
+                folders.save_adapter(self._training, self.adapter)
 
     def _measure(self) -> None:
         if self.status == "running" and self._began is not None:
@@ -183,9 +204,10 @@ def start(
     """Registers a run, times it, and records how it ended.
 
     Leaving the block marks the run done; an exception marks it failed and Ctrl-C interrupted, and
-    both go on. `config` is a mapping or a dataclass. `notebook` is $RLNB_NOTEBOOK by default,
-    `profile` the one in force. Raises ValueError for a method that makes no folder name, TypeError
-    for a config of another type. Of several processes of one training, only the first starts a run.
+    both go on. An interrupted training with `callback` keeps its adapter. `config` is a mapping or a
+    dataclass. `notebook` is this one's name by default, `profile` the one in force. Raises ValueError
+    for a method that makes no folder name, TypeError for a config of another type. Of several
+    processes of one training, only the first starts a run.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", method):
         raise ValueError(f"method is {method!r}: use letters, digits, '-' and '_' only.")
@@ -201,7 +223,7 @@ def start(
         seed=seed,
         labels=labels,
         parent=parent.id if isinstance(parent, Run) else parent,
-        notebook=notebook or os.environ.get("RLNB_NOTEBOOK"),
+        notebook=notebook or this_notebook(),
         profile=profile or recipes.profile(),
     )
     try:
@@ -213,11 +235,36 @@ def start(
     run._close("done")
 
 
+def this_notebook() -> str | None:
+    """The name of the notebook that runs, as "05_dpo": under `rlnb run` and in JupyterLab; else None."""
+    if name := os.environ.get("RLNB_NOTEBOOK"):
+        return name
+    path = Path(os.environ.get("JPY_SESSION_NAME", ""))  # a path, or an id where nobody knows it
+    if path.suffix != ".ipynb":
+        return None
+    parts = path.with_suffix("").parts
+    return "/".join(parts[-2:] if parts[-2:-1] == ("solutions",) else parts[-1:])
+
+
+_PLACE: ContextVar[Path | None] = ContextVar("place", default=None)
+
+
+@contextmanager
+def apart(folder: Path) -> Iterator[None]:
+    """Runs that this thread starts inside go into a registry of their own: see `all`."""
+    token = _PLACE.set(folder)
+    try:
+        yield
+    finally:
+        _PLACE.reset(token)
+
+
 def _create(method: str, **asked: Any) -> Run:
     """A new run whose folder appears under its name with run.json in it: readers never see half."""
     now = datetime.now(UTC)
     name = f"{now:%Y%m%d-%H%M%S}-{method}"
-    folder = root() / f".{name}.{os.urandom(4).hex()}"
+    place = _PLACE.get() or root()
+    folder = place / f".{name}.{os.urandom(4).hex()}"
     folder.mkdir(parents=True)
     run = Run(name, folder, method, now.isoformat(), **asked)
     run.versions, run.machine = machine.versions(), machine.describe()
@@ -227,27 +274,27 @@ def _create(method: str, **asked: Any) -> Run:
     for again in itertools.count(2):
         run._save()
         try:
-            run.folder = folder.rename(root() / run.id)
+            run.folder = folder.rename(place / run.id)
             break
         except OSError:  # another run has that name
-            if not (root() / run.id).exists():
+            if not (place / run.id).exists():
                 raise
             run.id = f"{name}-{again}"
     return run
 
 
-def all() -> list[Run]:
+def all(folder: Path | None = None) -> list[Run]:
     """Every run, newest first. Those with a broken run.json are skipped, with one warning for all;
-    a folder without one is no run.
+    a folder without one is no run. folder: another registry than `root`.
     """
     found, broken = [], []
-    for path in root().glob("[!.]*/run.json"):
+    for path in (folder or root()).glob("[!.]*/run.json"):
         try:
             found.append(_read(path.parent))
         except (OSError, TypeError, ValueError) as error:
             broken.append(f"{path.parent.name} ({error})")
     if broken:
-        warnings.warn(f"{root()}: skipped broken run(s): {'; '.join(broken)}", stacklevel=2)
+        warnings.warn(f"{folder or root()}: skipped broken run(s): {'; '.join(broken)}", stacklevel=2)
     return sorted(found, key=lambda run: (run.started, run.id), reverse=True)
 
 
@@ -280,6 +327,41 @@ def _read(folder: Path) -> Run:
     if run.status == "running" and not machine.alive(run.process):
         run.status = "lost"
     return run
+
+
+def delete(run: Run) -> None:
+    """Deletes a run with all its files. Raises ValueError for one that still runs."""
+    if (run.folder / "run.json").is_file() and _read(run.folder).status == "running":
+        raise ValueError(f"run {run.id} is still running: stop it first")
+    gone = run.folder.rename(run.folder.with_name(f".{run.id}.gone"))  # readers never see half
+    shutil.rmtree(gone)
+
+
+def differences(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
+    """By id of the run, the settings that are not the same in all of them: of the config, and seed,
+    model, parent, profile and labels. One that a run does not have is None.
+    """
+    runs = list(runs)
+    asked = [dict(run.config) | {key: getattr(run, key) for key in ASKED} for run in runs]
+    keys = dict.fromkeys(key for settings in asked for key in settings)
+    differ = [key for key in keys if any(s.get(key) != asked[0].get(key) for s in asked)]
+    return {run.id: {key: s.get(key) for key in differ} for run, s in zip(runs, asked, strict=True)}
+
+
+def compare(runs: Iterable[Run]) -> Table:
+    """What differs between runs, and what came of it: a row each, its settings that are not the same
+    in all, what it cost, and its results.
+    """
+    runs = list(runs)
+    differ = differences(runs)
+    rows = table(runs)
+    if not rows:
+        return rows
+    kept = [name for name in rows[0] if name not in (*ASKED, "id")]
+    return Table(
+        {"id": run.id} | differ[run.id] | {name: row[name] for name in kept}
+        for run, row in zip(runs, rows, strict=True)
+    )
 
 
 def table(runs: Iterable[Run] | None = None, columns: Iterable[str] | None = None) -> Table:

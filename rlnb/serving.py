@@ -19,6 +19,21 @@ from typing import Any, NamedTuple
 from rlnb.folders import resolve
 
 NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")  # by `transformers serve`
+# Nothing calls home: transformers' command line looks for updates once a day, vLLM sends statistics.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "DO_NOT_TRACK": "1"}
+# The server's standard input is a pipe from here. It closes when this process ends, however it ends:
+# a killed kernel leaves no server behind.
+LEASH = """
+import os, runpy, signal, sys, threading
+
+def end_with_the_pipe():
+    sys.stdin.read()
+    os.killpg(0, signal.SIGTERM) if hasattr(os, "killpg") else os._exit(1)
+
+threading.Thread(target=end_with_the_pipe, daemon=True).start()
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 
 
 class Server(NamedTuple):
@@ -49,10 +64,10 @@ def serve(folder: str | os.PathLike[str], *, timeout: float = 120) -> Iterator[S
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
             _server_command(model, port),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            env=os.environ | OFFLINE,
             start_new_session=True,  # so that what it starts in turn can be stopped with it
         )
         try:
@@ -68,16 +83,16 @@ def _server_command(model: str, port: int) -> list[str]:
     where = ["--host", "127.0.0.1", "--port", str(port)]
     if torch.cuda.is_available() and importlib.util.find_spec("vllm"):
         # Half of the card, because a notebook's kernel is on it too.
-        server = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
-        return [sys.executable, *server, *where, "--gpu-memory-utilization", "0.5"]
+        server = ["vllm.entrypoints.openai.api_server", "--model", model, *where]
+        return [sys.executable, "-c", LEASH, *server, "--gpu-memory-utilization", "0.5"]
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ImportError(
-            f"`transformers serve` needs {', '.join(missing)}, not installed here: "
-            'pip install "transformers[serving]"'
+            f"`transformers serve` needs {', '.join(missing)}, not installed here: run python -m "
+            "rlnb setup, or pip install -r requirements.txt"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    server = ["-m", "transformers.cli.transformers", "serve", model, "--device", device]
-    return [sys.executable, *server, *where]
+    server = ["transformers.cli.transformers", "serve", model, "--device", device, *where]
+    return [sys.executable, "-c", LEASH, *server]
 
 
 def _wait_until_ready(process: subprocess.Popen, port: int, timeout: float, log: Any) -> None:
@@ -100,7 +115,7 @@ def _tail(log: Any, lines: int = 20) -> str:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """End the server and what it started: asked first, and after ten seconds made to."""
+    """End the server and all that it started: asked first, and within ten seconds made to."""
     for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
         with contextlib.suppress(ProcessLookupError):
             if hasattr(os, "killpg"):
@@ -109,4 +124,4 @@ def _stop(process: subprocess.Popen) -> None:
                 process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
-            return
+    process.stdin.close()

@@ -11,17 +11,19 @@ folder of a saved adapter.
 """
 
 import argparse
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import datasets, evaluate, models, preferences, problems, recipes, rewards, runs
+from rlnb import annotators, datasets, evaluate, models, preferences, problems, recipes, rewards, runs
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 RESPONSES = problems.DATA.parent / "preferences" / "responses.jsonl"
-PROMPTS, HELD_OUT_PROMPTS = 1024, 192  # the last of them: reward models are judged on their pairs
+REWARD_MODEL = problems.DATA.parent / "reward-model"
 Start = str | Path | runs.Run
 
 
@@ -31,36 +33,40 @@ def held_out(recipe: recipes.Recipe) -> list[problems.Problem]:
 
 
 def collect_responses(seed: int = 0, n: int = 6) -> list[preferences.Row]:
-    """n samples of the SFT model to each of some training prompts, made now."""
+    """n samples of the SFT model to each training and each validation problem, made now."""
     run = find_or_train_sft(seed)
     model, tokenizer = models.load_model(recipes.model_name(), lora=run.adapter)
-    count = 32 if recipes.profile() == "smoke" else PROMPTS
+    most = 24 if recipes.profile() == "smoke" else None
+    tasks = [p for split in ("train", "validation") for p in problems.load(split)[:most]]
     return preferences.collect(
-        model, tokenizer, problems.load("train")[:count], n, seed=seed, system=recipes.system(),
+        model, tokenizer, tasks, n, seed=seed, system=recipes.system(),
         max_new_tokens=recipes.recipe("sft").max_new_tokens,
     )  # fmt: skip
 
 
-def responses(seed: int = 0) -> list[preferences.Row]:
+def responses(seed: int = 0, held_out: bool = False) -> list[preferences.Row]:
     """What the annotators compare: responses of the SFT model, so that pairs are on-policy.
 
-    Those of the practice model ship (data/preferences); another model's are sampled once and kept
-    with its SFT run.
+    held_out: those to validation problems, on which reward models are judged, and not those to
+    training problems. The practice model's ship (data/preferences); another model's are sampled
+    once and kept with its SFT run.
     """
     file = RESPONSES
     if recipes.model_name() != "abacus-3m":
         file = find_or_train_sft(seed).folder / "responses.jsonl"
         if not file.is_file():
             preferences.write(collect_responses(seed), file)
-    return preferences.read(file)
+    rows = preferences.read(file)
+    return [row for row in rows if row["id"].startswith("validation") == held_out]
 
 
-def gold_pairs(held_out: bool = False, seed: int = 0) -> "Dataset":
-    """One pair of each prompt, compared by the verifier: of the training or the held-out prompts."""
-    rows = responses(seed)
-    cut = len(rows) - round(len(rows) * HELD_OUT_PROMPTS / PROMPTS)
-    rows = rows[cut:] if held_out else rows[:cut]
-    return preferences.pairs(preferences.annotate(rows, preferences.Gold()), "random")[0]
+def gold_pairs(held_out: bool = False, seed: int = 0, how: str = "random") -> "Dataset":
+    """Pairs that the verifier has compared, of the training or the held-out prompts.
+
+    how: "random" gives one pair of each prompt, "all" every pair (``preferences.pairs``).
+    """
+    rows = preferences.annotate(responses(seed, held_out), annotators.Gold())
+    return preferences.pairs(rows, how)[0]
 
 
 def carry_out(run: runs.Run, trainer: Any, recipe: recipes.Recipe) -> evaluate.Report:
@@ -107,11 +113,13 @@ def sft(
 def reward_model(
     seed: int = 0, recipe: recipes.RewardModel | None = None, pairs: "Dataset | None" = None
 ) -> runs.Run:
-    """A reward model (notebook 03) from pairs, by default the verifier's; judged on held-out ones."""
+    """A reward model (notebook 03) from pairs, by default all of the verifier's; judged on held-out
+    ones. On two cores the usual recipe takes some four minutes.
+    """
     from rlnb import reward_models
 
     recipe = recipe or recipes.recipe("reward_model")
-    pairs = _some(pairs, recipe, seed)
+    pairs = _some(pairs or gold_pairs(seed=seed, how="all"), recipe, seed)
     lora = models.LoRA(rank=recipe.rank, alpha=recipe.alpha)
     model, tokenizer = reward_models.load(recipes.model_name(), lora, seed=seed)
     from trl import RewardConfig, RewardTrainer
@@ -127,8 +135,8 @@ def reward_model(
         with run.timer("train"):
             trainer.train()
         models.save_adapter(model, run.adapter)
-        report = reward_models.judge_pairs(model, tokenizer, gold_pairs(held_out=True, seed=seed))
-        run.finish(pair_accuracy=report.accuracy, pair_loss=report.loss)
+        unseen = reward_models.judge_pairs(model, tokenizer, gold_pairs(held_out=True, seed=seed))
+        run.finish(pair_accuracy=unseen.accuracy, pair_loss=unseen.loss)
     return run
 
 
@@ -228,20 +236,94 @@ def grpo(
     return run
 
 
-METHODS = {f.__name__: f for f in (sft, reward_model, dpo, kto, orpo, grpo)}
-FROM_ANYWHERE = ("dpo", "kto", "orpo", "grpo")  # the others start from the base
+def ppo(
+    seed: int = 0, recipe: recipes.PPO | None = None, start: Start = "sft",
+    reward: Any = None,
+) -> runs.Run:  # fmt: skip
+    """RLHF with PPO (notebook 04): a critic, and a reward model's scores.
 
-
-def find_or_train_sft(seed: int = 0) -> runs.Run:
-    """The latest finished SFT run of this model, profile and seed with the usual settings and with
-    its adapter still there; trains one if there is none.
+    reward: what PPOTrainer takes as reward_funcs; default: the reward model that ``judge`` names.
     """
-    return _find("sft", seed) or sft(seed)
+    recipe = recipe or recipes.recipe("ppo")
+    model, tokenizer, parent = _policy(recipe, seed, start)
+    from rlnb.ppo import PPOConfig, PPOTrainer
+
+    with _start(recipe, seed, parent=parent) as run:
+        trainer = PPOTrainer(
+            model=model,
+            args=PPOConfig(**recipe.trl(run.folder, seed)),
+            reward_funcs=reward or judge(seed),
+            train_dataset=datasets.prompts(problems.load("train"), recipes.system()),
+            processing_class=tokenizer,
+            callbacks=[run.callback()],
+        )
+        carry_out(run, trainer, recipe)
+    return run
 
 
-def find_or_train_reward_model(seed: int = 0) -> runs.Run:
-    """The same for the reward model of the verifier's pairs."""
-    return _find("reward_model", seed) or reward_model(seed)
+def rloo(
+    seed: int = 0, recipe: recipes.RLOO | None = None, start: Start = "sft",
+    reward: Callable | None = None,
+) -> runs.Run:  # fmt: skip
+    """The same without a critic: TRL's RLOO (notebook 04) on the same reward model."""
+    from rlnb import reward_models
+
+    recipe = recipe or recipes.recipe("rloo")
+    if reward is None:
+        reward = reward_models.as_reward(*reward_models.load(recipes.model_name(), judge(seed)))
+    model, tokenizer, parent = _policy(recipe, seed, start)
+    from trl import RLOOConfig, RLOOTrainer
+
+    with _start(recipe, seed, parent=parent) as run:
+        trainer = RLOOTrainer(
+            model=model,
+            args=RLOOConfig(**recipe.trl(run.folder, seed)),
+            reward_funcs=reward,
+            train_dataset=datasets.prompts(problems.load("train"), recipes.system()),
+            processing_class=tokenizer,
+            callbacks=[run.callback()],
+        )
+        carry_out(run, trainer, recipe)
+    return run
+
+
+METHODS = {f.__name__: f for f in (sft, reward_model, ppo, rloo, dpo, kto, orpo, grpo)}
+FROM_ANYWHERE = ("ppo", "rloo", "dpo", "kto", "orpo", "grpo")  # the others start from the base
+
+
+def find_or_train_sft(seed: int = 0, rank: int | None = None) -> runs.Run:
+    """The latest finished SFT run of this model, profile and seed with the usual settings, or with
+    them and this rank, and with its adapter still there; trains one if there is none.
+    """
+    return find_sft(seed, rank) or sft(seed, _sft_recipe(rank))
+
+
+def find_sft(seed: int = 0, rank: int | None = None) -> runs.Run | None:
+    """The same without training: None if there is none."""
+    return _find("sft", seed, _sft_recipe(rank))
+
+
+def _sft_recipe(rank: int | None) -> recipes.SFT:
+    usual = recipes.recipe("sft")
+    if rank is None:
+        return usual
+    return replace(usual, rank=rank, max_lora_rank=max(rank, usual.max_lora_rank))
+
+
+def judge(seed: int = 0) -> Path:
+    """The folder of a reward model's adapter: the practice model's ships (data/reward-model), of
+    another model it is the latest run's with the usual settings, or one trained now.
+    """
+    if recipes.model_name() == "abacus-3m":
+        return REWARD_MODEL
+    return (_find("reward_model", seed) or reward_model(seed)).adapter
+
+
+def ship_reward_model() -> runs.Run:
+    """Trains the reward model that ships, and puts its adapter into data/reward-model."""
+    run = reward_model()
+    shutil.copytree(run.adapter, REWARD_MODEL, dirs_exist_ok=True)
+    return run
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -259,10 +341,12 @@ def main(arguments: argparse.Namespace) -> int:
 def _policy(recipe: recipes.Recipe, seed: int, start: Start) -> tuple[Any, Any, str | None]:
     """The model with its adapter, the tokenizer, and what the adapter came from (None: the base)."""
     if isinstance(start, str) and start == "sft":
-        start = find_or_train_sft(seed)
+        start = find_or_train_sft(seed, recipe.rank)  # a saved adapter keeps its rank
     adapter = None if start == "base" else getattr(start, "adapter", start)
     lora = adapter or models.LoRA(rank=recipe.rank, alpha=recipe.alpha)
-    model, tokenizer = models.load_model(recipes.model_name(), lora=lora, seed=seed)
+    model, tokenizer = models.load_model(
+        recipes.model_name(), lora=lora, max_lora_rank=recipe.max_lora_rank, seed=seed
+    )
     return model, tokenizer, adapter and str(getattr(start, "id", start))
 
 
@@ -276,8 +360,8 @@ def _some(pairs: "Dataset | None", recipe: recipes.Pairs, seed: int) -> "Dataset
     return datasets.subset(pairs, min(recipe.pairs, len(pairs)), seed)
 
 
-def _find(method: str, seed: int) -> runs.Run | None:
-    usual = runs.jsonable(recipes.recipe(method))
+def _find(method: str, seed: int, recipe: recipes.Recipe | None = None) -> runs.Run | None:
+    usual = runs.jsonable(recipe or recipes.recipe(method))
     found = runs.find(
         method=method, model=recipes.model_name(), profile=recipes.profile(), seed=seed,
         status="done",

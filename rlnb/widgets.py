@@ -1,14 +1,18 @@
 """Widgets for notebooks: layout only. Each button calls a function that works without a screen too.
 
 label(rows, annotator="anna", path="labels/")      a rlnb.labelling.Session on the screen
+panel("dpo")                                       knobs, forecast, live curve and table of a method
 """
 
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlnb import labelling
+
+if TYPE_CHECKING:
+    from rlnb.panel import Panel
 
 KEYS = {"l": "left", "r": "right", "t": "tie", "s": "skip", "u": "undo"}
 LINE = "1px solid var(--jp-border-color1, #bdbdbd)"  # JupyterLab's colour, or one for Colab
@@ -23,6 +27,13 @@ def label(
     Its ``session`` has the answers; running the cell again goes on where the last one stopped.
     """
     return LabelView(labelling.Session(rows, annotator, path, **options))
+
+
+def panel(method: str, **options: Any) -> "Panel":
+    """The training panel of a method: leave it as the last line of a cell. options: as for ``Panel``."""
+    from rlnb.panel import Panel
+
+    return Panel(method, **options)
 
 
 class LabelView:

@@ -259,7 +259,7 @@ def test_adapters_that_cannot_be_added(base, saved, model, tmp_path):
     before = state(model)
     with pytest.raises(ValueError, match=r"'dpo' is taken: .* there are default, dpo, grpo"):
         adapters.add(model, "dpo", saved["dpo"])
-    for name in ("v1.2", "mlp", "0", "lora_A", "a", ""):
+    for name in ("v1.2", "mlp", "0", "lora_A", "a", "", "half", "train"):
         with pytest.raises(ValueError, match=f"'{name}' is one that PEFT would mix up"):
             adapters.add(model, name, saved["dpo"])
     with pytest.raises(FileNotFoundError, match="there is no adapter 'nowhere'"):

@@ -9,9 +9,9 @@ import threading
 import pytest
 
 from rlnb import labelling, preferences
+from rlnb.annotators import Gold, Noisy
 from rlnb.evaluate import Proportion
 from rlnb.labelling import Session
-from rlnb.preferences import Gold, Noisy
 
 
 def row(i, *responses):
@@ -187,7 +187,7 @@ def test_three_responses(tmp_path):
     [
         (ROWS, {"annotator": ""}, "annotator is ''"),
         (ROWS, {"annotator": "../anna"}, "annotator is '../anna'"),
-        (ROWS, {"annotator": "gold"}, "annotator is 'gold', which is the name of the gold"),
+        (ROWS, {"annotator": "gold"}, "annotator is 'gold', the name of the gold"),
         (ROWS, {"k": 1}, "k is 1: 2 to 9"),
         ([*ROWS, ROWS[3]], {}, "row 12: id 'p13' is no string or has come before"),
         ([ROWS[0] | {"id": 3}], {}, "row 0: id 3 is no string"),

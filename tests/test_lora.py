@@ -255,12 +255,15 @@ def test_rlinfs_keys_are_read(tmp_path, capsys, keys, expected):
     [
         ({}, "is_lora is None: it must be true or false"),
         ({"is_lora": "yes"}, "is_lora is 'yes': it must be true or false"),
-        ({"is_lora": True}, "lora_rank is None: is_lora is true, and without lora_path it needs"),
+        ({"is_lora": True}, "lora_rank is None: a new adapter .* needs a rank"),
         ({"is_lora": True, "lora_rank": 0}, "lora_rank is 0: it must be a whole number"),
         ({"is_lora": True, "lora_rank": "16"}, "lora_rank is '16': it must be a whole number"),
         ({"is_lora": True, "lora_path": 3}, "lora_path is 3: it must be the folder"),
         ({"is_lora": True, "lora_path": ""}, "lora_path is '': it must be the folder"),
-        ({"is_lora": False, "lora_path": "sft"}, "lora_path is 'sft': is_lora is false, which"),
+        (
+            {"is_lora": False, "lora_path": "sft"},
+            "lora_path is 'sft': is_lora is false, which ignores it",
+        ),
         ({"is_lora": True, "lora_alpha": 8}, "unknown key 'lora_alpha': the keys are is_lora, "),
         ({"actor": {"model": {"is_lora": True, "lora_r": 8}}}, "unknown key 'lora_r'"),
         ({"actor": {"is_lora": True}}, "actor.model is None: it must hold is_lora, lora_rank"),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from rlnb import models, ppo, rewards
+from rlnb import models, ppo, reward_models, rewards
 from rlnb.ppo import base as ppo_base
 from rlnb.ppo import model as ppo_model
 from rlnb.ppo.rollouts import rollouts
@@ -199,7 +199,7 @@ def naive_log_probs(model, prompt, completion):
     return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
-def of_make(kind, vocabulary=120):
+def of_make(kind, vocabulary=120, **more):
     """Random models of other makes: learned positions, logits that are capped."""
     torch.manual_seed(0)
     sizes = {
@@ -221,7 +221,7 @@ def of_make(kind, vocabulary=120):
             intermediate_size=96,
             num_hidden_layers=2,
             num_attention_heads=2,
-            **sizes,
+            **sizes | more,
         )
     model = transformers.AutoModelForCausalLM.from_config(made).eval()
     for parameter in model.parameters():
@@ -537,6 +537,20 @@ def test_a_bad_reward_function_is_named_before_the_first_update(base, tmp_path, 
     assert_same(weights(trainer), before)
 
 
+def test_a_reward_that_fails_late_leaves_the_checkpoints(base, tmp_path):
+    def moody(completions, trainer_state, **columns):
+        if trainer_state.global_step == 2:
+            raise OSError("the judge is away")
+        return digits(completions)
+
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(rewards.RewardError, match=r"moody.* raised OSError: the judge is away"):
+        build(load(base), tmp_path, moody, **settings).train()
+    trainer = build(load(base), tmp_path, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert [row["step"] for row in log(trainer)] == [1, 2, 3, 4]
+
+
 @pytest.fixture(scope="module")
 def reward_model(base, tmp_path_factory):
     """A classifier with LoRA on the same base, and its adapter's folder."""
@@ -574,6 +588,56 @@ def test_a_reward_adapter_says_what_its_own_model_says(base, tmp_path, reward_mo
     trainer.train()
     assert_same({n: p for n, p in model.named_parameters() if ".reward." in n}, frozen)
     assert log(trainer)[0]["rewards/judge/mean"] == pytest.approx(log(trainer)[0]["reward"])
+
+
+def ended(texts, trainer):
+    """Completions that have ended, of two words."""
+    from rlnb import sampling
+
+    tokenizer = trainer.processing_class
+    words = [f"{WORDS[i % 10]} {WORDS[i % 7]}" for i in range(len(texts))]
+    ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(words)["input_ids"]]
+    return {"prompt_ids": sampling.tokenize(tokenizer, texts), "completion_ids": ids}
+
+
+@pytest.mark.parametrize("behind", ("", "\n"))
+def test_a_reward_adapter_of_trls_trainer_says_what_it_was_trained_to_say(base, tmp_path, behind):
+    """behind: what the chat template writes after the end token, and RewardTrainer reads as well."""
+    from trl import RewardConfig, RewardTrainer
+
+    template = tiny.TEMPLATE.replace("<|end|>", "<|end|>" + behind)
+    judge, tokenizer = reward_models.load(base, models.LoRA(rank=4))
+    tokenizer.chat_template = template
+    pairs = [
+        {"prompt": [{"role": "user", "content": f"{word}?"}],
+         "chosen": [{"role": "assistant", "content": "12 apples"}],
+         "rejected": [{"role": "assistant", "content": "pens"}]} for word in WORDS
+    ]  # fmt: skip
+    settings = RewardConfig(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2,
+        report_to="none", save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trained = RewardTrainer(
+        model=judge, args=settings, train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trained.train()
+    trained.save_model(str(tmp_path / "judge"))
+    policy = load(base, "trained")
+    policy[1].chat_template = template
+    trainer = build(
+        policy, tmp_path, tmp_path / "judge", rollout=ended, max_completion_length=40
+    )
+    rows = [trainer.train_dataset[i] for i in range(8)]
+    batch = trainer._roll_out(rows)
+    ids = ended([row["prompt"] for row in rows], trainer)["completion_ids"]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    talks = [r["prompt"] + [{"role": "assistant", "content": t}] for r, t in zip(rows, texts, strict=True)]
+    judge, _ = reward_models.load(base, tmp_path / "judge")
+    expected = reward_models.score(judge, tokenizer, talks)
+    assert torch.tensor(expected).std() > 1e-2
+    assert batch.judged[:, 0].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 def test_an_encoder_judges_as_well(base, tmp_path):
@@ -629,7 +693,7 @@ def test_reward_adapters_that_do_not_fit_are_refused(base, tmp_path, reward_mode
     with pytest.raises(ValueError, match=r"trained on abacus-9b, and the policy's base is tiny"):
         build(loaded, tmp_path, other)
     rank = changed_copy(folder, tmp_path / "targets", target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="does not fit the policy's base"):
+    with pytest.raises(ValueError, match="does not fit the model: "):
         build(loaded, tmp_path, rank)
     policy = models.save_adapter(load(base, "trained")[0], tmp_path / "policy")
     with pytest.raises(ValueError, match="no score head with one output but none"):
@@ -643,13 +707,36 @@ def test_reward_adapters_that_do_not_fit_are_refused(base, tmp_path, reward_mode
         build(loaded, tmp_path, strange)
 
 
+def test_the_tokenizer_of_a_model_of_the_hub_is_compared(base, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    files = tmp_path / "models--org--judge"
+    words = tiny.tokenizer()
+    words.add_tokens(["<new>"])
+    words.save_pretrained(files / "snapshots" / "1")
+    load(base)[0].config.save_pretrained(files / "snapshots" / "1")
+    (files / "refs").mkdir()
+    (files / "refs" / "main").write_text("1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    make = transformers.AutoModelForSequenceClassification
+    classifier = make.from_pretrained(base, num_labels=1)
+    loaded = load(base)
+    loaded[1].add_tokens(["<other>"])
+    classifier.config._name_or_path = "org/judge"
+    with pytest.raises(ValueError, match="another tokenizer: token '<other>' as missing"):
+        build(loaded, tmp_path, classifier)
+    classifier.config._name_or_path = "org/absent"
+    with pytest.warns(UserWarning, match="the tokenizer of org/absent was not compared"):
+        build(loaded, tmp_path, classifier)
+
+
 # --- reference and critic ------------------------------------------------------------------------
 
 
 def test_the_reference_is_where_the_policy_starts(base, tmp_path):
     for start, adapter in (("new", None), ("trained", "ref")):
         trainer = build(load(base, start), tmp_path, max_steps=3)
-        assert trainer.reference_adapter == adapter and trainer.reference_model is None
+        assert trainer.reference.adapter == adapter and trainer.reference.copy is None
         trainer.train()
         assert [row["kl/sequence"] == 0 for row in log(trainer)] == [True, False, False]
         assert log(trainer)[-1]["kl"] != 0
@@ -673,7 +760,7 @@ def test_full_fine_tuning_copies_the_model_and_says_so(base, tmp_path, capsys):
     assert "the reference is a copy of it" in capsys.readouterr().out
     start = {n: p.clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
-    assert_same(dict(trainer.reference_model.model.named_parameters()), start)
+    assert_same(dict(trainer.reference.copy.model.named_parameters()), start)
     assert all(not torch.equal(p, start[n]) for n, p in trainer.model.named_parameters())
     assert log(trainer)[0]["kl"] == 0 and log(trainer)[1]["kl"] != 0
 
@@ -742,19 +829,28 @@ def test_an_update_that_finds_the_policy_too_far_away_is_dropped(base, tmp_path)
     assert_same(*found)
 
 
-def test_the_kl_coefficient_adapts(base, tmp_path):
+@pytest.mark.parametrize("horizon, factor", ((80, 1 - 0.2 * 8 / 80), (1, 0.8)))
+def test_the_kl_coefficient_adapts(base, tmp_path, horizon, factor):
+    """A horizon shorter than a step moves it no further, and never below 0."""
     trainer = build(
-        load(base),
-        tmp_path,
-        max_steps=3,
-        kl_coef=0.1,
-        kl_target=5.0,
-        kl_horizon=80,
+        load(base), tmp_path, max_steps=3, kl_coef=0.1, kl_target=5.0, kl_horizon=horizon,
         learning_rate=0.0,
-    )
+    )  # fmt: skip
     trainer.train()
     found = [row["kl/coef"] for row in log(trainer)]
-    assert found == pytest.approx([0.1 * (1 - 0.2 * 8 / 80) ** k for k in range(3)])
+    assert found == pytest.approx([0.1 * factor**k for k in range(3)])
+
+
+def test_figures_of_an_earlier_training_are_not_in_the_next(base, tmp_path):
+    trainer = build(load(base), tmp_path, length, max_steps=3, logging_steps=2, learning_rate=0.0)
+    trainer.train()  # the third step is not logged
+    trainer.args.logging_steps = 1
+    trainer.train()
+    (first, *_), sizes = log(trainer), []
+    for row in trainer.get_train_dataloader():
+        found = script([r["prompt"] for r in row], trainer)["completion_ids"]
+        sizes.append(sum(map(len, found)) / len(found))
+    assert any(first["completions/mean_length"] == pytest.approx(size) for size in sizes)
 
 
 def test_callbacks_see_one_step_per_batch_and_the_language_model(base, tmp_path):
@@ -792,8 +888,11 @@ def test_training_may_be_called_again(base, tmp_path):
 def test_settings_come_from_the_command_line():
     parser = transformers.HfArgumentParser(ppo.PPOConfig)
     (found,) = parser.parse_args_into_dataclasses(
-        ["--output_dir", "x", "--kl_target", "6", "--reward_weights", "1", "0.5", "--use_cpu"]
-    )
+        ["--output_dir", "x", "--kl_target", "6", "--reward_weights", "1", "0.5", "--use_cpu",
+         "--reward_clip_range", "-1", "2", "--chat_template_kwargs", '{"enable_thinking": false}']
+    )  # fmt: skip
+    assert found.reward_clip_range == [-1.0, 2.0]
+    assert found.chat_template_kwargs == {"enable_thinking": False}
     assert (found.kl_target, found.reward_weights, found.cliprange) == (6.0, [1.0, 0.5], 0.2)
 
 
@@ -829,6 +928,35 @@ def test_evaluation_is_the_same_each_time_and_leaves_training_alone(base, tmp_pa
     assert first["eval_kl"] == again["eval_kl"] != 0
     rows = [row for row in with_it.state.log_history if "eval_reward" in row]
     assert [row["step"] for row in rows] == [1, 2, 2, 2]
+
+
+def test_the_best_checkpoint_comes_back(base, tmp_path):
+    model, tokenizer = load(base, "trained")
+    settings = config(
+        tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="eval_first_reward", learning_rate=0.1,
+    )  # fmt: skip
+    held_out = {"first": prompts(7), "second": prompts(3)}
+    trainer = ppo.PPOTrainer(model, settings, length, prompts(), tokenizer, eval_dataset=held_out)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "eval_first_reward" in row]
+    best = max(rows, key=lambda row: row["eval_first_reward"])["step"]
+    assert best < 3  # the reward is too wild for that to be the last
+    saved = load_file(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors")
+    own = {n.replace(".default", ""): p for n, p in model.named_parameters() if ".default." in n}
+    assert_same({n: p for n, p in own.items() if n in saved}, saved)
+    assert "eval_second_reward" in set().union(*trainer.state.log_history)
+
+
+def test_prompts_may_stream(base, tmp_path):
+    streamed, listed = (
+        build(load(base), tmp_path, length, data, per_device_eval_batch_size=3, max_steps=3)
+        for data in (prompts().to_iterable_dataset(), prompts())
+    )
+    streamed.train()
+    assert [row["step"] for row in log(streamed)] == [1, 2, 3]
+    found = [trainer.evaluate(prompts(7).to_iterable_dataset()) for trainer in (streamed, listed)]
+    assert found[0]["eval_reward"] == found[1]["eval_reward"] == listed.evaluate(prompts(7))["eval_reward"]
 
 
 # --- killed and resumed --------------------------------------------------------------------------
@@ -894,6 +1022,27 @@ def test_a_checkpoint_of_another_trainer_is_refused(base, tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+@pytest.mark.parametrize("then, match", (
+    ({"value_model": "adapter"}, "value_model 'trunk', and this trainer has 'adapter'"),
+    ({"value_model": "none"}, "value_model 'trunk', and this trainer has 'none'"),
+    ({"start": "new"}, r"adapters \['default', 'ref'\], and this trainer has \['default'\]"),
+    ({"rank": 8}, "(?s)does not fit the model: .*size mismatch"),
+    ({"targets": models.ATTENTION}, "does not fit the model: .* is left over"),
+    ({"targets": "all-linear", "made": models.ATTENTION}, "does not fit the model: .* is missing"),
+))  # fmt: skip
+def test_a_checkpoint_of_another_run_is_refused(base, tmp_path, then, match):
+    def run(start="trained", rank=4, targets=models.ALL_LINEAR, **settings):
+        loaded = models.load_model(base, lora=models.LoRA(rank=rank, targets=targets))
+        if start == "trained":
+            spread(loaded[0])
+        return build(loaded, tmp_path, max_steps=2, **settings)
+
+    made = {"targets": then.pop("made")} if "made" in then else {}
+    run(save_strategy="steps", save_steps=1, **made).train()
+    with pytest.raises(ValueError, match=match):
+        run(**then).train(resume_from_checkpoint=tmp_path / "checkpoint-1")
+
+
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
@@ -909,8 +1058,10 @@ trainer = t.build(
     t.load(base, "trained"), folder, callbacks=[Kill()], rollout=t.script if rollout else None,
     reward=[t.length, t.digits], **settings)
 trainer.train(resume_from_checkpoint=resume)
-index = trainer.args.process_index
-t.torch.save({"weights": t.weights(trainer), "log": t.log(trainer)}, folder / f"result_{index}.pt")
+index, judged = trainer.args.process_index, trainer.evaluate(t.prompts(7))
+judged = {k: v for k, v in judged.items() if not k.endswith(("_runtime", "_per_second"))}
+t.torch.save({"weights": t.weights(trainer), "log": t.log(trainer), "eval": judged},
+             folder / f"result_{index}.pt")
 """
 
 
@@ -956,6 +1107,7 @@ def test_two_processes_do_what_one_does(base, tmp_path):
     settings = {
         "max_steps": 3, "rollout": True, "num_ppo_epochs": 2, "normalize_rewards": True,
         "whiten_rewards": True, "kl_target": 1.0, "kl_horizon": 50, "early_stop_kl": 10.0,
+        "per_device_eval_batch_size": 2,
     }  # fmt: skip
     one = launch(base, tmp_path / "one", per_device_train_batch_size=8, **settings)
     assert one.returncode == 0, one.stderr
@@ -972,6 +1124,8 @@ def test_two_processes_do_what_one_does(base, tmp_path):
     expected = result(tmp_path / "one")
     for row, other in zip(first["log"], expected["log"], strict=True):
         assert_same(row, other, rtol=2e-3, atol=2e-5)
+    assert_same(first["eval"], second["eval"])
+    assert_same(first["eval"], expected["eval"], rtol=2e-3, atol=2e-5)  # 7 rows, in batches of 4
     assert_same(first["weights"], expected["weights"], rtol=1e-2, atol=1e-4)
 
 
@@ -1040,6 +1194,18 @@ def test_models_that_cannot_be_policies_are_refused(base, tmp_path):
             build(load(base, "whole"), tmp_path, **settings)
 
 
+def test_a_base_that_trains_beside_its_adapter_is_refused(tmp_path):
+    import peft
+
+    made = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], bias="lora_only", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    tokenizer = tiny.tokenizer()
+    model = of_make("llama", len(tokenizer), attention_bias=True)
+    with pytest.raises(ValueError, match=r"q_proj.*bias is of the base, which must be frozen"):
+        build((peft.get_peft_model(model, made), tokenizer), tmp_path)
+
+
 def test_a_base_that_its_adapter_has_changed_is_no_reference(base, tmp_path):
     import peft
 
@@ -1058,6 +1224,7 @@ def test_a_base_that_its_adapter_has_changed_is_no_reference(base, tmp_path):
 @pytest.mark.parametrize("change, match", (
     (lambda f: f["completion_ids"].pop(), "7 completion_ids for 8 prompts"),
     (lambda f: f["completion_ids"][2].clear(), r"a completion of 0 tokens \(row 2\)"),
+    (lambda f: f["prompt_ids"][1].clear(), r"a prompt of 0 tokens \(row 1\)"),
     (lambda f: f["completion_ids"][5].extend([7] * 9), "max_completion_length 6"),
 ))  # fmt: skip
 def test_a_rollout_function_that_fails_is_told_so(base, tmp_path, change, match):

@@ -6,8 +6,9 @@ import random
 import pytest
 
 from rlnb import preferences, quality
+from rlnb.annotators import Annotator, Clarity, Gold, LengthBiased, Noisy
 from rlnb.evaluate import Proportion
-from rlnb.preferences import Annotator, Clarity, Gold, LengthBiased, Noisy
+from tests.rows import RIGHT, row
 
 # Fleiss 1971, Psychol. Bull. 76, table 1: 30 patients, 6 psychiatrists, 5 diagnoses. Kappa 0.430.
 FLEISS = """
@@ -15,17 +16,10 @@ FLEISS = """
     00501 30012 51000 02040 10203 00006 01050 02013 20040 10041 05010 40002 02040 10500 00006
 """
 COUNTS = [[int(digit) for digit in item] for item in FLEISS.split()]
-QUESTION = "Anna has 12 apples and buys 5 more. How many now?"
-RIGHT = "<reasoning>12 + 5 = 17</reasoning><answer>17</answer>"
 
 
-def row(*responses, id="a"):
-    return {"id": id, "question": QUESTION, "answer": 17, "kind": "gain",
-            "prompt": [{"role": "user", "content": QUESTION}], "responses": list(responses)}  # fmt: skip
-
-
-def annotated(comparisons, *responses, id="a", who="me"):
-    return preferences.judged(row(*responses, id=id), who, comparisons)
+def annotated(comparisons, *responses, id="a"):
+    return preferences.judged(row(*responses, id=id), "me", comparisons)
 
 
 # --- kappa ---------------------------------------------------------------------------------------
@@ -98,11 +92,11 @@ def test_whole_groups_are_drawn():
 
 
 def test_labels_that_do_not_fit_together():
-    with pytest.raises(ValueError, match="have 2 and 1 labels"):
+    with pytest.raises(ValueError, match="2 and 1 labels"):
         quality.cohen([1, 0], [1])
-    with pytest.raises(ValueError, match="have 0 and 0 labels"):
+    with pytest.raises(ValueError, match="0 and 0 labels"):
         quality.cohen([], [])
-    with pytest.raises(ValueError, match="2 and 2 labels, and there are 3 groups"):
+    with pytest.raises(ValueError, match="2 and 2 labels, 3 groups"):
         quality.cohen([1, 0], [1, 0], groups=[1, 2, 3])
     with pytest.raises(ValueError, match="item 1 has 3 labels and item 0 has 2"):
         quality.fleiss([[1, 1], [2, 1]])
@@ -113,12 +107,16 @@ def test_labels_that_do_not_fit_together():
 # --- agreement -----------------------------------------------------------------------------------
 
 
+def both(first, second):
+    return quality.agreement({"one": first, "other": second})
+
+
 def test_agreement_of_two_and_of_all():
     rows = [row(RIGHT, f"{i} + 1 = 17", f"It is {i}", id=str(i)) for i in range(60)]
     gold, noisy, other = (
         preferences.annotate(rows, a) for a in (Gold(), Noisy(0.2), Noisy(0.2, name="other"))
     )
-    table = quality.agreement(gold, noisy, other)
+    table = quality.agreement({"gold": gold, "noisy": noisy, "other": other})
     assert [line["annotators"] for line in table] == [
         "gold, noisy", "gold, other", "noisy, other", "gold, noisy, other",
     ]  # fmt: skip
@@ -127,8 +125,8 @@ def test_agreement_of_two_and_of_all():
                 for a, b in zip(x["comparisons"], y["comparisons"], strict=True))  # fmt: skip
     assert table[0]["agree"] == Proportion(180 - flips, 180)
     assert table[0]["kappa"].low < table[0]["kappa"].value < table[0]["kappa"].high < 1
-    assert quality.agreement(gold, gold)[0]["kappa"].value == 1
-    decided = quality.agreement(gold, noisy, ties=False)[0]
+    assert quality.agreement({"gold": gold, "again": gold})[0]["kappa"].value == 1
+    decided = quality.agreement({"gold": gold, "noisy": noisy}, ties=False)[0]
     assert decided["agree"] == Proportion(120 - flips, 120)
     for text in (str(table), table._repr_html_()):
         assert "gold, noisy, other" in text and str(table[0]["agree"]) in text
@@ -136,13 +134,13 @@ def test_agreement_of_two_and_of_all():
 
 def test_agreement_is_on_the_same_texts_wherever_they_stand():
     mine = [annotated([(0, 1, 1)], "x", "y"), annotated([(0, 1, 0)], "x", "z", id="b")]
-    theirs = [annotated([(0, 1, 1), (0, 2, -1), (1, 2, -1)], "z", "y", "x", who="you")]
-    (line,) = quality.agreement(mine, theirs)
+    theirs = [annotated([(0, 1, 1), (0, 2, -1), (1, 2, -1)], "z", "y", "x")]
+    (line,) = quality.agreement({"me": mine, "you": theirs})
     assert line["comparisons"] == 1 and line["agree"] == Proportion(1, 1)
     with pytest.raises(ValueError, match="me, you have no comparison in common"):
-        quality.agreement(mine[1:], theirs)
+        quality.agreement({"me": mine[1:], "you": theirs})
     with pytest.raises(ValueError, match="two annotations or more, not 1"):
-        quality.agreement(mine)
+        quality.agreement({"me": mine})
 
 
 def test_kappa_does_not_depend_on_which_text_comes_first():
@@ -151,16 +149,16 @@ def test_kappa_does_not_depend_on_which_text_comes_first():
     for i in range(60):
         won, said = [(0, 1, 1)], [(0, 1, -1 if i in turned else 1)]
         first.append(annotated(won, "x", "y", id=str(i)))
-        second.append(annotated(said, "x", "y", id=str(i), who="you"))
+        second.append(annotated(said, "x", "y", id=str(i)))
         swapped = annotated([(0, 1, -1)], "y", "x", id=str(i))
         mixed.append(swapped if i % 2 else first[-1])
-    (line,), (other,) = quality.agreement(first, second), quality.agreement(mixed, second)
+    (line,), (other,) = both(first, second), both(mixed, second)
     assert line["kappa"] == other["kappa"] and line["kappa"].n == 60
     assert line["kappa"].value == pytest.approx(2 * 55 / 60 - 1)  # as chance is a half
     assert line["kappa"].low < 2 * 55 / 60 - 1 < line["kappa"].high
-    assert quality.agreement(first, mixed)[0]["kappa"].value == 1
-    tied = [annotated([(0, 1, 0)], "x", "y", id=str(i), who="you") for i in range(60)]
-    assert math.isnan(quality.agreement(tied, tied)[0]["kappa"].value)
+    assert both(first, mixed)[0]["kappa"].value == 1
+    tied = [annotated([(0, 1, 0)], "x", "y", id=str(i)) for i in range(60)]
+    assert math.isnan(both(tied, tied)[0]["kappa"].value)
 
 
 def test_subjective_dimensions_agree_less():
@@ -172,8 +170,8 @@ def test_subjective_dimensions_agree_less():
     for name in ("correctness", "clarity", "format"):
         only = {n: float(n == name) for n in ("correctness", "clarity", "format")}
         brief, thorough = (Clarity(**only, detail=d, name=str(d)) for d in (0.2, 0.8))
-        both = (preferences.annotate(rows, annotator) for annotator in (brief, thorough))
-        kappa[name] = quality.agreement(*both)[0]["kappa"]
+        (line,) = both(*(preferences.annotate(rows, a) for a in (brief, thorough)))
+        kappa[name] = line["kappa"]
     assert kappa["correctness"].value == kappa["format"].value == 1
     assert kappa["clarity"].high < 0.8
 
@@ -225,17 +223,13 @@ def test_a_length_bias_shows():
     rows = [row("x" * rng.randint(1, 40), "y" * rng.randint(1, 40), RIGHT, id=str(i))
             for i in range(200)]  # fmt: skip
     gold, biased = (preferences.annotate(rows, a) for a in (Gold(), LengthBiased(0.5)))
-    table = quality.report(gold, biased, again=gold)
+    table = quality.report({"gold": gold, "length-biased": biased})
     lines = {line[""]: line for line in table}
     assert lines["longer wins, equally right"]["gold"] is None  # all of those are ties
     assert lines["longer wins, equally right"]["length-biased"].low > 0.95
-    assert lines["ties"]["again"] == lines["ties"]["gold"] == Proportion(200, 600)
+    assert lines["ties"]["gold"] == Proportion(200, 600)
     for text in (str(table), table._repr_html_()):
         assert "length-biased" in text and str(lines["ties"]["gold"]) in text
-    with pytest.raises(ValueError, match="two are called the same, of gold"):
-        quality.report(gold, gold)
-    with pytest.raises(ValueError, match="two are called the same, of gold"):
-        quality.report(gold, gold=biased)
 
 
 def test_a_report_on_pairs():
@@ -272,13 +266,13 @@ def test_a_report_on_labels():
 def test_a_report_on_what_trainers_get():
     ranked = preferences.annotate([row(RIGHT, "17", id=str(i)) for i in range(3)], Gold())
     pairs, _ = preferences.pairs(ranked)
-    table = quality.report(pairs=pairs, labels=preferences.unpair(pairs))
+    table = quality.report({"pairs": pairs, "labels": preferences.unpair(pairs)})
     values = {line[""]: (line["pairs"], line["labels"]) for line in table}
     assert values["pairs"] == (3, None) and values["good"] == (None, Proportion(3, 6))
 
 
 def test_a_report_on_something_else():
-    with pytest.raises(ValueError, match="columns prompt: a report is on annotated rows"):
+    with pytest.raises(ValueError, match="columns prompt: comparisons, or chosen and rejected"):
         quality.measure([{"prompt": []}])
     with pytest.raises(ValueError, match="columns none"):
         quality.measure([])

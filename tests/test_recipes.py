@@ -14,17 +14,20 @@ def test_every_recipe_makes_a_trl_config(method, profile, tmp_path):
     import trl
     from trl.experimental.orpo import ORPOConfig
 
+    from rlnb.ppo import PPOConfig
+
     recipe = recipes.recipe(method, profile)
-    names = {"sft": "SFTConfig", "reward_model": "RewardConfig", "dpo": "DPOConfig",
-             "kto": "KTOConfig", "orpo": None}  # fmt: skip
-    name = names.get(method, "GRPOConfig")
-    config = (getattr(trl, name) if name else ORPOConfig)(**recipe.trl(tmp_path, seed=3))
+    kinds = {"sft": trl.SFTConfig, "reward_model": trl.RewardConfig, "dpo": trl.DPOConfig,
+             "kto": trl.KTOConfig, "orpo": ORPOConfig, "ppo": PPOConfig,
+             "rloo": trl.RLOOConfig}  # fmt: skip
+    kind = kinds.get(method, trl.GRPOConfig)
+    config = kind(**recipe.trl(tmp_path, seed=3))
     assert config.learning_rate == recipe.learning_rate
     assert config.max_steps == recipe.steps
     assert config.seed == 3
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     assert batch == recipe.batch
-    if name == "GRPOConfig":
+    if kind in (trl.GRPOConfig, trl.RLOOConfig):
         assert config.num_generations == recipe.group
         assert config.generation_batch_size == recipe.batch
     for setting in ("beta", "desirable_weight"):

@@ -22,6 +22,16 @@ def test_accuracy_loss_and_calibration_of_known_margins():
     assert PairReport((-800.0,)).calibration(1)[0][0] == 1.0
 
 
+def test_auc_by_hand():
+    # Of six comparisons 3 beats 1 and 2, ties with 3; 2 beats 1, ties with 2, loses to 3.
+    assert reward_models.auc([3, 2], [1, 2, 3]) == pytest.approx((2 + 0.5 + 1 + 0.5) / 6)
+    assert reward_models.auc([1.0, 2.0], [-1.0, 0.0]) == 1
+    assert reward_models.auc([-1.0], [0.0, 0.5]) == 0
+    assert reward_models.auc([7.0] * 3, [7.0] * 5) == 0.5
+    with pytest.raises(ValueError, match="0 right and 1 wrong scores"):
+        reward_models.auc([], [1.0])
+
+
 def test_best_of_n_is_the_mean_over_all_draws():
     proxy, gold = [[0.3, 0.1, 0.9, 0.5, 0.7]], [[0.0, 1.0, 0.0, 1.0, 1.0]]
     for n in range(1, 6):

@@ -1,8 +1,8 @@
-"""rlnb.serving: a real process each time; the chat call where `transformers serve` is installed."""
+"""rlnb.serving: a real process each time, and once the real server with OpenAI's own client."""
 
-import importlib.util
-import json
 import os
+import signal
+import subprocess
 import sys
 import time
 import urllib.error
@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from rlnb import models, sampling, serving
+from rlnb.bootstrap import ROOT
 
 READY = """
 import http.server, sys
@@ -31,18 +32,23 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def program(monkeypatch):
+def started(monkeypatch):
+    """The processes that `serve` starts."""
+    found, right = [], serving.subprocess.Popen
+
+    def note(*args, **options):
+        found.append(right(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(serving.subprocess, "Popen", note)
+    return found
+
+
+@pytest.fixture
+def program(monkeypatch, started):
     """Any Python program in the server's place; it gets the port."""
 
     def use(code):
-        started = []
-        right = serving.subprocess.Popen
-
-        def note(*args, **options):
-            started.append(right(*args, **options))
-            return started[-1]
-
-        monkeypatch.setattr(serving.subprocess, "Popen", note)
         monkeypatch.setattr(
             serving, "_server_command", lambda model, port: [sys.executable, "-c", code, str(port)]
         )
@@ -94,7 +100,7 @@ def test_a_server_that_is_never_ready_is_stopped(folder, program):
 def test_missing_packages_are_named(folder, monkeypatch):
     monkeypatch.setattr(serving, "NEEDED", ("json", "no_such_package"))
     with (
-        pytest.raises(ImportError, match=r'needs no_such_package, .* "transformers\[serving\]"'),
+        pytest.raises(ImportError, match=r"needs no_such_package, not .* -m rlnb setup"),
         serving.serve(folder),
     ):
         pass
@@ -105,22 +111,58 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         pass
 
 
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in serving.NEEDED),
-    reason="transformers[serving] is not installed",
-)
-def test_a_real_server_answers_a_chat_call_as_sample_does(folder):
-    with serving.serve(folder) as server:
-        body = {"model": server.model, "messages": CHAT, "temperature": 0, "max_tokens": 12}
-        request = urllib.request.Request(
-            server.url + "/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        answer = json.load(urllib.request.urlopen(request, timeout=60))
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no process groups")
+def test_a_server_ends_with_the_process_that_started_it(folder, tmp_path):
+    """However that ends: here by a signal that nobody can catch, as when a kernel is killed."""
+    (tmp_path / "ready.py").write_text(READY)
+    code = (
+        "import sys, time; from rlnb import serving\n"
+        "serving._server_command = lambda model, port: ["
+        "sys.executable, '-c', serving.LEASH, 'ready', str(port)]\n"
+        f"with serving.serve({str(folder)!r}) as server: print(server.url, flush=True); input()"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    health = parent.stdout.readline().strip().replace("/v1", "/health")
+    assert urllib.request.urlopen(health).status == 200
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate()
+    assert gone(health)
+
+
+def gone(url, seconds=20):
+    """Whether nobody answers there any more, after some time at most."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            urllib.request.urlopen(url)
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_real_server_answers_a_chat_call_as_sample_does(folder, started, monkeypatch, tmp_path):
+    """And is gone after a call that raises; on the way it has asked nobody for updates."""
+    import openai
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path))  # where it would note that it has asked
+    with pytest.raises(openai.APIStatusError), serving.serve(folder) as server:
+        client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+        call = {"model": server.model, "temperature": 0, "max_tokens": 12}
+        answer = client.chat.completions.create(messages=CHAT, **call)
+        client.chat.completions.create(messages="no messages", **call)
+    assert started[0].poll() is not None
+    assert gone(server.url.replace("/v1", "/health"), seconds=1)
+    if hasattr(os, "killpg"):
+        with pytest.raises(ProcessLookupError):  # not one of its group is left
+            os.killpg(started[0].pid, 0)
+    assert not list(tmp_path.rglob(".check_for_update*"))
     model, tokenizer = models.load_model(folder)
     ours = sampling.sample(
         model, tokenizer, [CHAT], max_new_tokens=12, temperature=0, progress=False
     )
-    assert answer["choices"][0]["message"]["content"] == ours.texts[0][0]
-    assert os.environ.get("HF_HUB_OFFLINE") == "1"
+    assert answer.choices[0].message.content == ours.texts[0][0]

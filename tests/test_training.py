@@ -61,7 +61,20 @@ def test_a_reward_model_is_judged_on_prompts_that_it_has_not_seen():
     train, unseen = training.gold_pairs(), training.gold_pairs(held_out=True)
     assert not set(train["id"]) & set(unseen["id"])
     assert run.result["pair_accuracy"]["n"] == len(unseen)
-    assert training.find_or_train_reward_model().id == run.id
+
+
+def test_the_reward_model_that_ships_is_the_judge(monkeypatch):
+    assert training.judge() == training.REWARD_MODEL
+    assert (training.REWARD_MODEL / "adapter_config.json").is_file()
+    assert not runs.all()  # nothing was trained for it
+
+
+@pytest.mark.parametrize("method", ["ppo", "rloo"])
+def test_rlhf_learns_from_the_judge(method):
+    run = training.METHODS[method]()
+    assert run.status == "done" and run.adapter.is_dir() and run.parent
+    name = {"ppo": "rewards/reward-model/mean", "rloo": "rewards/reward_model/mean"}[method]
+    assert len([row for row in run.curve() if name in row]) == recipes.recipe(method).steps
 
 
 def test_the_command_line_knows_every_method():

@@ -3,7 +3,7 @@
 import pytest
 
 from rlnb import labelling, widgets
-from rlnb.preferences import Gold
+from rlnb.annotators import Gold
 
 ROWS = [
     {"id": f"p{i}", "question": f"{i} + 5?", "answer": i + 5, "kind": "gain",

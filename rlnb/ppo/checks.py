@@ -42,7 +42,19 @@ def check_model(model: Any, args: PPOConfig) -> None:
         raise ValueError(
             f"PEFT's {configs[POLICY].peft_type} is no adapter inside layers: take LoRA"
         )
+    _check_frozen(model)
     _check_reference(args.reference, configs)
+
+
+def _check_frozen(model: Any) -> None:
+    """Nothing of the base trains: turning the adapter off would not turn that off."""
+    names = [f".{name}" for name in model.peft_config]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not any(f"{part}." in f"{name}." for part in names):
+            raise ValueError(
+                f"{name} is of the base, which must be frozen, and trains: with LoRA take bias='none', "
+                "or set its requires_grad to False"
+            )
 
 
 def _check_reference(reference: str | None, configs: dict[str, Any]) -> None:
@@ -63,6 +75,8 @@ def _check_reference(reference: str | None, configs: dict[str, Any]) -> None:
 
 def check_prompts(dataset: Any, model: Any, tokenizer: Any, args: PPOConfig, what: str) -> None:
     """Prompts are there, are of one kind and leave room for a completion."""
+    if dataset is None:
+        return
     if isinstance(dataset, dict):
         for name, part in dataset.items():
             check_prompts(part, model, tokenizer, args, f"{what}[{name!r}]")
@@ -121,11 +135,27 @@ def check_rollout(prompts: Sequence, found: dict[str, list], limit: int) -> None
                 f"rollout_func returned {len(found[key])} {key} for {len(prompts)} prompts: PPO takes "
                 "one completion of each"
             )
+    for i, ids in enumerate(found["prompt_ids"]):
+        if not len(ids):
+            raise ValueError(f"rollout_func returned a prompt of 0 tokens (row {i})")
     for i, ids in enumerate(found["completion_ids"]):
         if not 1 <= len(ids) <= limit:
             raise ValueError(
                 f"rollout_func returned a completion of {len(ids)} tokens (row {i}): it must have 1 to "
                 f"max_completion_length {limit}, the end token included"
+            )
+
+
+def check_checkpoint(folder: Path, state: dict[str, Any], value: str, adapters: list[str]) -> None:
+    """A run goes on from a checkpoint that has what it trains, and nothing else."""
+    for what, theirs, ours in (
+        ("value_model", state["value_model"], value),
+        ("adapters", state["adapters"], adapters),
+    ):
+        if theirs != ours:
+            raise ValueError(
+                f"{folder} was made with {what} {theirs!r}, and this trainer has {ours!r}: give model, "
+                "reference and value_model as they were then"
             )
 
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from rlnb import models
 
@@ -54,7 +54,8 @@ class PPOConfig(TrainingArguments):
         cliprange: eps of eq. 7. cliprange_value: the same for the value, in units of reward; None: no clip.
         vf_coef: weight of the value loss (c1 of eq. 9). ent_coef: of the entropy bonus (c2).
         early_stop_kl: None, or how far in nats per token the policy may move on one batch: an update
-            that finds it further away than that is dropped, and so are the rest of the batch's.
+            that finds it further away than that is dropped, and so are the rest of the batch's (in
+            float16 that one is made, because the gradient's scaler insists on one).
 
     Critic:
         value_model: "trunk" (a head on the policy's hidden states), "adapter" (a head on an adapter of
@@ -63,6 +64,8 @@ class PPOConfig(TrainingArguments):
 
     Raises ValueError for a value that cannot work.
     """
+
+    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
     learning_rate: float = 3e-5  # ten times that of TRL's PPO for whole models, as LoRA wants it
     logging_steps: float = 10
@@ -77,7 +80,7 @@ class PPOConfig(TrainingArguments):
 
     reward_weights: list[float] | None = None
     normalize_rewards: bool = False
-    reward_clip_range: tuple[float, float] | None = None
+    reward_clip_range: list[float] | None = None
     missing_eos_penalty: float | None = None
     kl_coef: float = 0.05
     kl_estimator: str = "k1"
@@ -128,7 +131,7 @@ class PPOConfig(TrainingArguments):
                     f"reward_clip_range is {self.reward_clip_range!r}: it must be two numbers, the lower "
                     "first, as (-1.0, 1.0)"
                 )
-            self.reward_clip_range = (low, high)
+            self.reward_clip_range = [low, high]
         for weight in self.reward_weights or []:
             _check_number("reward_weights", weight, -math.inf, math.inf, "finite numbers")
 

@@ -120,11 +120,11 @@ def adapted_kl_coef(coef: float, kl: float, target: float, episodes: int, horizo
     """The next coefficient of the KL penalty, larger if `kl` (nats per sequence) is above target.
 
     Ziegler et al. (2019), 2.2: e = clip(kl / target - 1, -0.2, 0.2), beta <- beta (1 + K e), with
-    K = episodes / horizon as in their code: after `horizon` episodes it has moved by a factor of
-    e^0.2 or so at most.
+    K = episodes / horizon as in their code, and at most 1: after `horizon` episodes it has moved by a
+    factor of e^0.2 or so at most, and a horizon shorter than a step never turns the penalty's sign.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return coef * (1 + error * episodes / horizon)
+    return coef * (1 + error * min(episodes / horizon, 1))
 
 
 def plan_updates(

@@ -80,6 +80,22 @@ def copy_adapter(model: Any, name: str, trains: bool) -> None:
             new.requires_grad_(trains)
 
 
+def load_adapter(model: Any, weights: dict[str, Tensor], name: str, source: Any) -> None:
+    """Fill an adapter that is there. Raises ValueError, which names `source`, if it does not fit."""
+    from peft import set_peft_model_state_dict
+
+    try:
+        found = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except RuntimeError as error:
+        raise ValueError(f"{source} does not fit the model: {error}") from error
+    missing = [key for key in found.missing_keys if f".{name}." in key]
+    if missing or found.unexpected_keys:
+        raise ValueError(
+            f"{source} does not fit the model: {(missing or found.unexpected_keys)[0]} is "
+            f"{'missing' if missing else 'left over'}"
+        )
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout to 0: with it, old and new policy would differ without any update."""
     for module in model.modules():
@@ -225,6 +241,35 @@ def token_statistics(
         found = [checkpoint(piece, x, t, use_reentrant=False) for x, t in pieces]
     chosen, entropies = (torch.cat(column) for column in zip(*found, strict=True))
     return chosen, entropies if entropy else None
+
+
+class Reference:
+    """What KL is measured from: the model with another adapter or with none, or a frozen copy of it.
+
+    which: "start", "base" or an adapter's name, as PPOConfig.reference has it.
+    """
+
+    def __init__(self, actor: ActorCritic, which: str):
+        self.actor, model = actor, actor.model
+        self.adapter: str | None = None  # None: the adapter is off
+        self.copy: ActorCritic | None = None  # with LoRA the policy's own base serves
+        if not has_adapter(model):
+            frozen = copy.deepcopy(model).requires_grad_(False)
+            self.copy = ActorCritic(frozen, temperature=actor.temperature)
+        elif which == "start" and not is_empty(model):
+            copy_adapter(model, REFERENCE, trains=False)
+            self.adapter = REFERENCE
+        elif which not in ("start", "base"):
+            self.adapter = which
+
+    @contextmanager
+    def at_work(self) -> Iterator[ActorCritic]:
+        """The module to run forward, as the reference while inside."""
+        if self.copy is not None:
+            yield self.copy
+        else:
+            with use_adapter(self.actor.model, self.adapter):
+                yield self.actor
 
 
 # --- rows ----------------------------------------------------------------------------------------

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from rlnb import rewards
-from rlnb.ppo.model import REWARD, causal_lm, has_adapter, linear, right_pad, use_adapter
+from rlnb.ppo.model import (
+    REWARD, causal_lm, has_adapter, linear, load_adapter, right_pad, use_adapter,
+)  # fmt: skip
 
 ROWS_AT_ONCE = 64  # sequences that a reward model reads in one forward pass
 
@@ -54,6 +56,50 @@ def _source(reward: Any, model: Any, tokenizer: Any, index: int) -> Any:
         f"reward_funcs[{index}] is {reward!r}: it must be a function, a sequence classification "
         "model, or the folder of a reward adapter"
     )
+
+
+def judge(
+    sources: Sequence[Any], tokenizer: Any, rows: Sequence[Mapping[str, Any]], prompt_ids: Sequence,
+    completion_ids: Sequence, ends: set[int], **extra: Any,
+) -> Tensor:  # fmt: skip
+    """(B, rewards), NaN where a reward function gave None.
+
+    rows: of the data set, whose columns reward functions get. extra: what else they get.
+    Raises RewardError for a reward that fails and for a completion that none of them judges.
+    """
+    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    chat, read = isinstance(rows[0]["prompt"], list), any(isinstance(s, _Scorer) for s in sources)
+    suffix = _after_the_end(tokenizer, ends) if chat and read else []
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    columns |= {
+        "prompts": [row["prompt"] for row in rows],
+        "completions": [[{"role": "assistant", "content": t}] for t in texts] if chat else texts,
+        "completion_ids": completion_ids,
+        "log_extra": lambda column, values: None,  # TRL's table of completions is not made here
+        **extra,
+    }
+    full = [
+        [*p, *c, *(suffix if c[-1] in ends else [])]
+        for p, c in zip(prompt_ids, completion_ids, strict=True)
+    ]
+    judged = torch.stack([source(full, columns) for source in sources], 1)
+    unjudged = judged.isnan().all(1).nonzero()
+    if len(unjudged):
+        raise rewards.RewardError(
+            f"no reward judged the completion {texts[int(unjudged[0])]!r}: each returned None. Let "
+            "one of them judge every completion"
+        )
+    return judged
+
+
+def _after_the_end(tokenizer: Any, ends: set[int]) -> list[int]:
+    """What the chat template writes behind the end token, as a line break.
+
+    A reward model is trained on whole conversations, and its score read there.
+    """
+    short = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
+    ids = tokenizer.apply_chat_template(short, tokenize=True, return_dict=True)["input_ids"]
+    return ids[max((i for i, token in enumerate(ids) if token in ends), default=len(ids)) + 1 :]
 
 
 class FunctionReward:
@@ -126,7 +172,7 @@ class AdapterReward(_Scorer):
     """A LoRA adapter with a score head, on the policy's own frozen base."""
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path, adapter: str):
-        from peft import LoraConfig, set_peft_model_state_dict
+        from peft import LoraConfig
         from safetensors.torch import load_file
 
         self.name, self.module, self.adapter = folder.name, model, adapter
@@ -154,18 +200,12 @@ class AdapterReward(_Scorer):
             model.delete_adapter(adapter)
         with torch.random.fork_rng():
             model.add_adapter(adapter, config)
-        found = set_peft_model_state_dict(model, weights, adapter_name=adapter)
+        load_adapter(model, weights, adapter, folder / "adapter_model.safetensors")
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for name, parameter in model.named_parameters():
             if f".{adapter}." in name:
                 parameter.requires_grad_(False)
-        missing = [key for key in found.missing_keys if f".{adapter}." in key]
-        if missing or found.unexpected_keys:
-            raise ValueError(
-                f"{folder}/adapter_model.safetensors does not fit the policy's base: "
-                f"{(missing or found.unexpected_keys)[0]} is {'missing' if missing else 'left over'}"
-            )
         score = next(iter(heads.values()))
         self.head = nn.Linear(score.shape[1], 1, bias=False, dtype=torch.float32)
         self.head.weight.data.copy_(score)
@@ -212,16 +252,17 @@ def _check_vocabulary(name: str, config: Any, model: Any) -> None:
         raise ValueError(_other_tokenizer(name, f"a vocabulary of {theirs}, the policy of {ours}"))
 
 
-def _check_tokenizer(name: str, folder: str | os.PathLike[str], tokenizer: Any) -> None:
-    """Compares vocabularies where the folder has a tokenizer."""
-    if not folder or not (Path(folder) / "tokenizer_config.json").is_file():
+def _check_tokenizer(name: str, source: str | os.PathLike[str], tokenizer: Any) -> None:
+    """Compares vocabularies, if there is a tokenizer in the folder, or in the cache of the hub's."""
+    folder = Path(source)
+    if not source or (folder.is_dir() and not (folder / "tokenizer_config.json").is_file()):
         return
     from transformers import AutoTokenizer
 
     try:
-        theirs = AutoTokenizer.from_pretrained(str(folder)).get_vocab()
+        theirs = AutoTokenizer.from_pretrained(str(source), local_files_only=True).get_vocab()
     except (OSError, ValueError) as error:
-        warnings.warn(f"the tokenizer in {folder} was not compared: {error}", stacklevel=2)
+        warnings.warn(f"the tokenizer of {source} was not compared: {error}", stacklevel=2)
         return
     ours = tokenizer.get_vocab()
     odd = next((token for token, i in ours.items() if theirs.get(token) != i), None)

@@ -1,6 +1,20 @@
-"""A batch of PPO's rollouts, and the figures that are logged of it."""
+"""A batch of PPO's rollouts, and the figures that are logged of it.
 
-from collections.abc import Sequence
+Their names are those of TRL's GRPOTrainer where it logs the same. TRL's PPOTrainer, up to 1.12, had
+other names for some:
+
+    reward                  objective/scores
+    kl/sequence             objective/kl, with kl_estimator="k1"
+    kl                      the same per token
+    entropy                 policy/entropy_avg (objective/entropy sums -log p of a completion's tokens)
+    objective/rlhf_reward   the same: score less the KL penalty, summed over a completion
+    policy/loss, policy/clipfrac, policy/ratio          loss/policy_avg, policy/clipfrac_avg, val/ratio
+    policy/approx_kl        policy/approxkl_avg, there 0.5 (log r)^2 and here r - 1 - log r
+    value/loss, value/clipfrac                          loss/value_avg, val/clipfrac_avg
+    value/explained_variance                            1 - Var(return - V) / Var(return)
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,11 +77,13 @@ def put(target: Tensor, rows: Tensor, mask: Tensor, flat: Tensor) -> None:
     target[rows] = part
 
 
-def table(batch: Rollouts, names: Sequence[str], estimator: str) -> dict[str, Tensor]:
-    """(B,) columns of float64 from which `summary` makes its figures, after gathering or joining.
+def table(
+    batch: Rollouts, names: Sequence[str], estimator: str, gather: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Columns of float64, a row per completion, from which `summary` makes its figures.
 
-    Sums over real tokens only; names are those of the rewards. The critic's columns are there once
-    the returns are.
+    Sums over real tokens only. names: of the rewards. gather: joins the rows of all processes. The
+    critic's columns are there once the returns are.
     """
 
     def total(x: Tensor) -> Tensor:
@@ -87,7 +103,8 @@ def table(batch: Rollouts, names: Sequence[str], estimator: str) -> dict[str, Te
         found |= {"value": total(batch.values), "return": total(batch.returns)}
         found |= {"return2": total(batch.returns**2), "error": total(error)}
         found["error2"] = total(error**2)
-    return {name: column.double() for name, column in found.items()}
+    gathered = gather(torch.stack([column.double() for column in found.values()], 1)).cpu()
+    return dict(zip(found, gathered.unbind(1), strict=True))
 
 
 def summary(rows: dict[str, Tensor], critic: bool) -> dict[str, float]:

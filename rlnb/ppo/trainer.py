@@ -16,24 +16,20 @@ model.py, rewards in reward.py. Untested on a GPU until tests/gpu has run on one
 
 import copy
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlnb import rewards, sampling
 from rlnb.ppo import checks, maths, reward
 from rlnb.ppo.base import ActorCriticTrainer
 from rlnb.ppo.config import PPOConfig
-from rlnb.ppo.model import (
-    REFERENCE, VALUE, ActorCritic, copy_adapter, disable_dropout, has_adapter, is_empty, use_adapter,
-)  # fmt: skip
+from rlnb.ppo.model import VALUE, ActorCritic, Reference, copy_adapter, disable_dropout
 from rlnb.ppo.rollouts import Rollouts, put, rollouts, summary, table
 
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 UPDATE_METRICS = (
@@ -73,8 +69,7 @@ class PPOTrainer(ActorCriticTrainer):
     ):
         checks.check_model(model, args)
         checks.check_prompts(train_dataset, model, processing_class, args, "train_dataset")
-        if eval_dataset is not None:
-            checks.check_prompts(eval_dataset, model, processing_class, args, "eval_dataset")
+        checks.check_prompts(eval_dataset, model, processing_class, args, "eval_dataset")
         disable_dropout(model)
         self.reward_sources = reward.sources(reward_funcs, model, processing_class)
         self.reward_names = [source.name for source in self.reward_sources]
@@ -90,17 +85,11 @@ class PPOTrainer(ActorCriticTrainer):
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=list, processing_class=processing_class, callbacks=callbacks,
         )  # fmt: skip
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or args.n_gpu > 1:
-            raise ValueError(
-                "PPOTrainer works on one device, or on several with one process and a whole model on "
-                "each (accelerate launch): not with DeepSpeed, FSDP or DataParallel"
-            )
         self._set_up_models()
-        self._set_up_sampling(rollout_func)
+        self.set_up_sampling(rollout_func)
         set_seed(args.seed, device_specific=True)  # each process samples in its own way
         self.kl_coef = args.kl_coef
         self.reward_moments = maths.RunningMoments()
-        self._from_rewards: dict[str, list[float]] = defaultdict(list)
 
     def _set_up_models(self) -> None:
         """Adapters or copies for the reference and the critic, and the module that trains."""
@@ -108,33 +97,10 @@ class PPOTrainer(ActorCriticTrainer):
         if args.value_model == "adapter":
             copy_adapter(model, VALUE, trains=True)
         self.actor_critic = ActorCritic(model, args.value_model, args.temperature)
-        self.reference_adapter: str | None = None  # None: the adapter is off
-        self.reference_model: ActorCritic | None = None  # with LoRA the policy's own base serves
-        if args.reference is None:
-            return
-        if not has_adapter(model):
-            frozen = copy.deepcopy(model).requires_grad_(False)
-            self.reference_model = ActorCritic(frozen, temperature=args.temperature)
-            size = sum(p.numel() * p.element_size() for p in frozen.parameters()) / 1e6
-            if self.is_world_process_zero():
-                print(f"The whole model trains, so the reference is a copy of it: {size:,.0f} MB.")
-        elif args.reference == "start" and not is_empty(model):
-            copy_adapter(model, REFERENCE, trains=False)
-            self.reference_adapter = REFERENCE
-        elif args.reference not in ("start", "base"):
-            self.reference_adapter = args.reference
-
-    def _set_up_sampling(self, rollout_func: Callable | None) -> None:
-        """What `sampling.rollout` and others of its kind ask a trainer for."""
-        args, tokenizer = self.args, self.processing_class
-        self.rollout_func = rollout_func or sampling.rollout
-        self.max_completion_length = args.max_completion_length
-        self.temperature, self.top_p = args.temperature, args.top_p
-        self.chat_template, self.use_vllm = None, False
-        self.chat_template_kwargs, args.generation_kwargs = args.chat_template_kwargs or {}, None
-        ends = self.model.generation_config.eos_token_id or []
-        ends = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)}
-        self.eos_token_ids = ends - {None}
+        self.reference = Reference(self.actor_critic, args.reference) if args.reference else None
+        if self.reference and self.reference.copy and self.is_world_process_zero():
+            size = sum(p.numel() * p.element_size() for p in self.reference.copy.parameters()) / 1e6
+            print(f"The whole model trains, so the reference is a copy of it: {size:,.0f} MB.")
 
     # --- one step --------------------------------------------------------------------------------
 
@@ -174,38 +140,16 @@ class PPOTrainer(ActorCriticTrainer):
         found = self.rollout_func(prompts, self)
         checks.check_rollout(prompts, found, self.max_completion_length)
         prompt_ids, completion_ids = found["prompt_ids"], found["completion_ids"]
-        judged = self._judge(rows, prompt_ids, completion_ids).to(self.accelerator.device)
+        with self.accelerator.autocast():
+            judged = reward.judge(
+                self.reward_sources, self.processing_class, rows, prompt_ids, completion_ids,
+                self.eos_token_ids, trainer_state=self.state, log_metric=self.log_metric,
+            ).to(self.accelerator.device)  # fmt: skip
         return rollouts(
             prompt_ids, completion_ids, judged,
             reward=(judged * self.reward_weights.to(judged.device)).nansum(1),
             ends=self.eos_token_ids, pad=self.processing_class.pad_token_id or 0,
         )  # fmt: skip
-
-    def _judge(self, rows: list[dict], prompt_ids: list, completion_ids: list) -> Tensor:
-        """(B, rewards), NaN where a reward function gave None."""
-        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-        chat = isinstance(rows[0]["prompt"], list)
-        columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-        columns |= {
-            "prompts": [row["prompt"] for row in rows],
-            "completions": [[{"role": "assistant", "content": t}] for t in texts]
-            if chat
-            else texts,
-            "completion_ids": completion_ids,
-            "trainer_state": self.state,
-            "log_extra": lambda column, values: None,  # TRL's table of completions is not made here
-            "log_metric": lambda name, value: self._from_rewards[name].append(float(value)),
-        }
-        full = [[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)]
-        with self.accelerator.autocast():
-            judged = torch.stack([source(full, columns) for source in self.reward_sources], 1)
-        unjudged = judged.isnan().all(1).nonzero()
-        if len(unjudged):
-            raise rewards.RewardError(
-                f"no reward judged the completion {texts[int(unjudged[0])]!r}: each returned None. Let "
-                "one of them judge every completion"
-            )
-        return judged
 
     @torch.no_grad()
     def _measure(self, batch: Rollouts, pieces: Sequence[Tensor]) -> None:
@@ -221,21 +165,13 @@ class PPOTrainer(ActorCriticTrainer):
                 if flat is not None:
                     put(target, rows, batch.mask, flat)
         batch.log_probs, batch.entropies, batch.values = log_probs, entropies, values
-        if self.args.reference is None:
+        if self.reference is None:
             return
         batch.reference = torch.zeros_like(log_probs)
-        with self._as_reference() as reference:
+        with self.reference.at_work() as reference:
             for rows in pieces:
                 flat, _, _ = self._forward(reference, batch, rows, value=False)
                 put(batch.reference, rows, batch.mask, flat)
-
-    @contextmanager
-    def _as_reference(self) -> Iterator[ActorCritic]:
-        if self.reference_model is not None:
-            yield self.reference_model
-        else:
-            with use_adapter(self.model, self.reference_adapter):
-                yield self.actor_critic
 
     def _forward(self, model: Any, batch: Rollouts, rows: Tensor, **asked: bool) -> tuple:
         """Log-probabilities, entropies and values of some rows' tokens, as (N,)."""
@@ -258,19 +194,19 @@ class PPOTrainer(ActorCriticTrainer):
             kl = maths.kl_estimate(batch.log_probs, batch.reference, args.kl_estimator)
         batch.rewards = token_rewards = maths.token_rewards(scores, kl, mask, self.kl_coef)
         if args.whiten_rewards:
-            token_rewards = maths.whiten(token_rewards, mask, shift=False, total=self._total)
+            token_rewards = maths.whiten(token_rewards, mask, shift=False, total=self.total)
         batch.advantages, batch.returns = maths.gae(
             token_rewards, batch.values, mask, args.gamma, args.lam
         )
         if args.whiten_advantages:
-            batch.advantages = maths.whiten(batch.advantages, mask, total=self._total)
+            batch.advantages = maths.whiten(batch.advantages, mask, total=self.total)
 
     def _update(self, model: Any, batch: Rollouts, updates: list[list[Tensor]]) -> Tensor:
         """The gradient of each update; an optimizer step after all but the last. Returns the mean loss."""
         limit, found = self.args.early_stop_kl, []
         for pieces in updates:
             if found:
-                self._step(model)
+                self.step_optimizer(model)
             statistics = self._backward(model, batch, pieces)
             if found and limit is not None and statistics["policy/approx_kl"] > limit:
                 # Without gradients the loop's own step does nothing. float16's scaler insists on some.
@@ -285,19 +221,13 @@ class PPOTrainer(ActorCriticTrainer):
         self.record({**means, "policy/updates": len(found)})
         return torch.tensor(loss, device=self.args.device)
 
-    def _step(self, model: Any) -> None:
-        if self.args.max_grad_norm and self.args.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        self.optimizer.step()
-        model.zero_grad()
-
     def _backward(self, model: Any, batch: Rollouts, pieces: list[Tensor]) -> dict[str, float]:
         """The gradient of a mini-batch's loss, added up piece by piece. Returns its statistics.
 
         PPO (2017), eq. 9: L = L_clip + vf_coef L_value - ent_coef H, as a mean over all tokens of the
         mini-batch on all processes, so that it does not matter how they are cut into pieces.
         """
-        count = self._total(torch.stack([batch.mask[rows].sum() for rows in pieces]).sum())
+        count = self.total(torch.stack([batch.mask[rows].sum() for rows in pieces]).sum())
         sums = torch.zeros(len(UPDATE_METRICS), dtype=torch.float64, device=batch.ids.device)
         for i, rows in enumerate(pieces):
             last = i == len(pieces) - 1
@@ -306,7 +236,7 @@ class PPOTrainer(ActorCriticTrainer):
                 # DDP takes the mean of the processes' gradients, which are parts of one sum.
                 self.accelerator.backward(losses.sum() * (self.accelerator.num_processes / count))
             sums += torch.stack([x.double().sum() for x in (losses.detach(), *statistics)])
-        return dict(zip(UPDATE_METRICS, (self._total(sums) / count).tolist(), strict=True))
+        return dict(zip(UPDATE_METRICS, (self.total(sums) / count).tolist(), strict=True))
 
     def _losses(self, model: Any, batch: Rollouts, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(N,) losses of some rows' tokens, and as much of each of UPDATE_METRICS after the first."""
@@ -330,21 +260,13 @@ class PPOTrainer(ActorCriticTrainer):
 
     # --- metrics ---------------------------------------------------------------------------------
 
-    def _total(self, x: Tensor) -> Tensor:
-        """The sum over all processes."""
-        return self.accelerator.reduce(x, "sum")
-
-    def _columns(self, batch: Rollouts, gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """`rollouts.table` of all processes."""
-        columns = table(batch, self.reward_names, self.args.kl_estimator)
-        gathered = gather(torch.stack(list(columns.values()), 1)).cpu()
-        return dict(zip(columns, gathered.unbind(1), strict=True))
-
     def _record_rollouts(self, batch: Rollouts) -> None:
         """Log a batch, and move the KL coefficient for the next one."""
-        rows = self._columns(batch, self.accelerator.gather)
+        rows = table(
+            batch, self.reward_names, self.args.kl_estimator, self.accelerator.gather
+        )
         self.state.num_input_tokens_seen += int(rows["read"].sum())
-        self.record(summary(rows, self.args.value_model != "none") | self._metrics_of_rewards())
+        self.record(summary(rows, self.args.value_model != "none") | self.metrics_of_rewards())
         self.record({"num_tokens": float(self.state.num_input_tokens_seen)})
         if self.args.reference is not None:
             self.record({"kl/coef": self.kl_coef})
@@ -353,15 +275,6 @@ class PPOTrainer(ActorCriticTrainer):
             self.kl_coef = maths.adapted_kl_coef(
                 self.kl_coef, kl, self.args.kl_target, episodes, self.args.kl_horizon
             )
-
-    def _metrics_of_rewards(self) -> dict[str, float]:
-        """Means of what reward functions have passed to log_metric, over all processes."""
-        found = {}
-        for name in sorted(set(gather_object(list(self._from_rewards)))):
-            values = gather_object(list(self._from_rewards.get(name, [])))
-            found[name] = sum(values) / len(values)
-        self._from_rewards.clear()
-        return found
 
     def evaluation_loop(
         self, dataloader: Any, description: str = "", prediction_loss_only: bool | None = None,
@@ -376,8 +289,11 @@ class PPOTrainer(ActorCriticTrainer):
             for rows in dataloader:
                 batch = self._roll_out(rows)
                 self._measure(batch, batch.lengths.argsort().split(self.micro_batch_size))
-                found.append(self._columns(batch, self.accelerator.gather_for_metrics))
+                found.append(table(
+                    batch, self.reward_names, self.args.kl_estimator,
+                    self.accelerator.gather_for_metrics,
+                ))  # fmt: skip
         rows = {name: torch.cat([columns[name] for columns in found]) for name in found[0]}
-        metrics = summary(rows, False) | self._metrics_of_rewards()
+        metrics = summary(rows, False) | self.metrics_of_rewards()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, len(rows["tokens"]))

@@ -9,12 +9,14 @@ Writes one row per run to data/results/foundation.csv and prints the README's ta
 import argparse
 import csv
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean, stdev
 
 from rlnb import evaluate, models, recipes, runs, training
 
-OUT = Path(__file__).parents[2] / "data" / "results" / "foundation.csv"
+RESULTS = Path(__file__).parents[2] / "data" / "results"
+OUT = RESULTS / "foundation.csv"
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 8: 2.36, 10: 2.26}  # Student's t, two-sided, n - 1
 
 
@@ -35,7 +37,8 @@ def row(arm: str, seed: int, seconds: float, result: dict) -> dict:
             "correct": result["correct"]["k"], "train_seconds": round(seconds, 1)}  # fmt: skip
 
 
-def run_row(arm: str, seed: int, run: runs.Run) -> dict:
+def run_row(arm: str, seed: int) -> dict:
+    run: runs.Run = ARMS[arm](seed)
     return row(arm, seed, run.train_seconds, run.result)
 
 
@@ -45,29 +48,41 @@ def table(rows: list[dict]) -> str:
     lines = ["| | strict accuracy, held out | seeds | training |", "|---|---|---|---|"]
     for arm in dict.fromkeys(r["arm"] for r in rows):
         values = [100 * r["strict"] / r["n"] for r in rows if r["arm"] == arm]
-        spread = ""
-        if len(values) > 1:
-            half = T_95[len(values)] * stdev(values) / len(values) ** 0.5
-            spread = f" [{mean(values) - half:.1f}, {mean(values) + half:.1f}]"
         seconds = max(r["train_seconds"] for r in rows if r["arm"] == arm)
-        lines.append(f"| {arm} | {mean(values):.1f} %{spread} | {len(values)} | {seconds:.0f} s |")
+        lines.append(f"| {arm} | {over_seeds(values)} | {len(values)} | {seconds:.0f} s |")
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def over_seeds(values: list[float], shown: str = "{:.1f}", unit: str = " %") -> str:
+    """The mean, and for two seeds or more its 95 % interval (Student's t)."""
+    text = shown.format(mean(values)) + unit
+    if len(values) < 2:
+        return text
+    half = T_95[len(values)] * stdev(values) / len(values) ** 0.5
+    ends = (shown.format(mean(values) + side) for side in (-half, half))
+    return f"{text} [{', '.join(ends)}]"
+
+
+def carry_out(
+    doc: str, out: Path, arms: Iterable[str], measure: Callable[[str, int], dict],
+    first: Callable[[], list[dict]] = list,
+) -> list[dict]:  # fmt: skip
+    """Measures each arm with each seed, in the cpu profile; ``out`` has every row as soon as it is
+    there. first: rows that need no seed.
+    """
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     arguments = parser.parse_args()
     os.environ["RLNB_PROFILE"] = "cpu"
-    rows = read() if arguments.resume and OUT.is_file() else []
-    rows = rows or [base_row()]
+    rows = read(out) if arguments.resume and out.is_file() else []
+    rows = rows or first()
     for seed in range(arguments.seeds):
-        for arm, train in ARMS.items():
+        for arm in arms:
             if not any(r["arm"] == arm and r["seed"] == seed for r in rows):
-                rows.append(run_row(arm, seed, train(seed)))
-                write(rows)
-    print(table(rows))
+                rows.append(measure(arm, seed))
+                write(rows, out)
+    return rows
 
 
 ARMS = {
@@ -77,20 +92,29 @@ ARMS = {
 }
 
 
-def read() -> list[dict]:
-    numbers = {"seed": int, "strict": int, "n": int, "correct": int, "train_seconds": float}
-    with OUT.open(newline="", encoding="utf-8") as file:
-        return [r | {k: to(r[k]) for k, to in numbers.items()} for r in csv.DictReader(file)]
+def read(path: Path = OUT) -> list[dict]:
+    """The rows of a table, its numbers as numbers."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: _value(text) for name, text in r.items()} for r in csv.DictReader(file)]
 
 
-def write(rows: list[dict]) -> None:
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    with OUT.with_suffix(".tmp").open("w", newline="", encoding="utf-8") as file:
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def write(rows: list[dict], path: Path = OUT) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".tmp").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    OUT.with_suffix(".tmp").replace(OUT)
+    path.with_suffix(".tmp").replace(path)
 
 
 if __name__ == "__main__":
-    main()
+    print(table(carry_out(__doc__, OUT, ARMS, run_row, lambda: [base_row()])))

@@ -1,0 +1,185 @@
+"""Annotators: who compares responses, each with a name and a policy.
+
+    Gold()  Noisy(rate=0.2)  LengthBiased()  Clarity(detail=0.8)  AI(model, tokenizer)
+
+``preferences.annotate`` lets one loose on rows of responses. One of your own is a class with a name
+and a ``score``.
+"""
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from rlnb import problems as tasks
+from rlnb import sampling
+
+Row = dict[str, Any]  # see rlnb.preferences
+Comparison = tuple[int, int, int]
+
+_EQUATION = re.compile(r"[0-9]+ ?[-+*/] ?[0-9]+ ?= ?[0-9]+")
+
+
+class Annotator:
+    """Who compares responses. One of your own needs a name and a ``score``, higher for better."""
+
+    name: str
+
+    def score(self, question: str, answer: int, response: str) -> float:
+        raise NotImplementedError(f"{type(self).__name__} compares responses but has no scores")
+
+    def scores(self, row: Row) -> list[float]:
+        """The score of each response of a row."""
+        return [self.score(row["question"], row["answer"], text) for text in row["responses"]]
+
+    def judge(self, row: Row, rng: random.Random) -> tuple[list[Comparison], list[float] | None]:
+        """Every pair of the row's responses compared, and the scores where there are any."""
+        scores = self.scores(row)
+        if any(map(math.isnan, scores)):
+            raise ValueError(f"row {row['id']}: {self.name} scores {scores}, which has no order")
+        return compared(scores), scores
+
+
+@dataclass(frozen=True)
+class Gold(Annotator):
+    """The verifier: 1 for a strictly right response (format, answer and trace), else 0."""
+
+    name: str = "gold"
+
+    def score(self, question: str, answer: int, response: str) -> float:
+        return float(tasks.grade(response, question, answer).strict)
+
+
+@dataclass(frozen=True)
+class Noisy(Annotator):
+    """Compares as another annotator does and turns each verdict round with probability ``rate``.
+
+    Its ties stay. The verdicts need not be transitive; ranks go by the number of comparisons won.
+    """
+
+    rate: float = 0.2
+    of: Annotator = field(default_factory=Gold)
+    name: str = "noisy"
+
+    def __post_init__(self) -> None:
+        check_rate(self.rate)
+
+    def judge(self, row: Row, rng: random.Random) -> tuple[list[Comparison], None]:
+        verdicts, _ = self.of.judge(row, rng)
+        return [(i, j, -c if rng.random() < self.rate else c) for i, j, c in verdicts], None
+
+
+@dataclass(frozen=True)
+class LengthBiased(Annotator):
+    """Scores as another annotator does and adds ``weight`` points for every ten characters.
+
+    With the verifier and weight 0.5, 20 characters more (one to two equations) outweigh being wrong.
+    """
+
+    weight: float = 0.5
+    of: Annotator = field(default_factory=Gold)
+    name: str = "length-biased"
+
+    def score(self, question: str, answer: int, response: str) -> float:
+        return self.of.score(question, answer, response) + self.weight * len(response) / 10
+
+
+@dataclass(frozen=True)
+class Clarity(Annotator):
+    """Judges three dimensions from 0 to 1 and takes their mean, weighted by the first three fields.
+
+    correctness: half for the right answer, half for a trace without a mistake.
+    clarity: a matter of taste. The share ``detail`` is for shown work (a third for each equation, up
+        to three), the rest for brevity (1 for no text, falling to 0 at 200 characters); halved if an
+        equation comes twice.
+    format: 1 in the strict format, else an eighth for each of the four tags that comes once.
+    """
+
+    correctness: float = 1.0
+    clarity: float = 1.0
+    format: float = 1.0
+    detail: float = 0.5
+    name: str = "clarity"
+
+    def __post_init__(self) -> None:
+        weights = (self.correctness, self.clarity, self.format)
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"the weights are {weights}: none below 0, and one above, are needed")
+        check_rate(self.detail, "detail")
+
+    def dimensions(self, question: str, answer: int, response: str) -> dict[str, float]:
+        """What each dimension gets, from 0 to 1."""
+        grade = tasks.grade(response, question, answer)
+        equations = _EQUATION.findall(response)
+        shown, brief = min(1.0, len(equations) / 3), max(0.0, 1 - len(response) / 200)
+        clarity = self.detail * shown + (1 - self.detail) * brief
+        return {
+            "correctness": (grade.correct + grade.trace) / 2,
+            "clarity": clarity / 2 if len(set(equations)) < len(equations) else clarity,
+            "format": 1.0 if grade.format else sum(response.count(t) == 1 for t in tasks.TAGS) / 8,
+        }
+
+    def score(self, question: str, answer: int, response: str) -> float:
+        found = self.dimensions(question, answer, response)
+        total = sum(getattr(self, name) * value for name, value in found.items())
+        return total / (self.correctness + self.clarity + self.format)
+
+
+@dataclass(frozen=True, eq=False)
+class AI(Annotator):
+    """A model as the annotator, which sees the prompt and the response and no answer (RLAIF).
+
+    A reward model (a sequence classifier with one output) gives its reward; a causal model the mean
+    log-probability of the response's tokens, in nats. On a GPU untested until tests/gpu has run on one.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str = "ai"
+
+    def score(self, question: str, answer: int, response: str) -> float:
+        prompt = [{"role": "user", "content": question}]
+        return self.scores({"prompt": prompt, "responses": [response]})[0]
+
+    def scores(self, row: Row) -> list[float]:
+        texts = list(dict.fromkeys(row["responses"]))  # equal texts must get equal scores
+        found = dict(zip(texts, self._score_all(row["prompt"], texts), strict=True))
+        return [found[text] for text in row["responses"]]
+
+    def _score_all(self, prompt: list[dict], texts: list[str]) -> list[float]:
+        from rlnb.decoding import left_pad
+
+        says = [[*prompt, {"role": "assistant", "content": text}] for text in texts]
+        ids = self.tokenizer.apply_chat_template(says, tokenize=True, return_dict=True)["input_ids"]
+        padded = left_pad(ids, self.tokenizer.pad_token_id or 0)
+        tokens, mask = (x.to(self.model.device) for x in padded)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with sampling.inference(self.model) as model:
+            logits = model(
+                input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
+            ).logits.float()
+        if logits.dim() == 2:  # (rows, outputs), from a classifier
+            if logits.shape[1] != 1:
+                raise ValueError(f"a reward model has 1 output, and this one {logits.shape[1]}")
+            return logits[:, 0].tolist()
+        (head,) = sampling.tokenize(self.tokenizer, [prompt])
+        logps = logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+        return [
+            own[len(own) - len(row) + len(head) :].mean().item()
+            for own, row in zip(logps, ids, strict=True)
+        ]
+
+
+def compared(scores: Sequence[float]) -> list[Comparison]:
+    """Every pair of responses compared by score; for a list of ranks, pass their negatives."""
+    places = combinations(range(len(scores)), 2)
+    return [(i, j, (scores[i] > scores[j]) - (scores[i] < scores[j])) for i, j in places]
+
+
+def check_rate(rate: float, name: str = "rate") -> None:
+    """Raise ValueError for what is no share."""
+    if not 0 <= rate <= 1:
+        raise ValueError(f"{name} is {rate!r}: it must be between 0 and 1")
