@@ -205,22 +205,8 @@ def test_groups_without_variance(base, tmp_path):
 
 
 
-def test_a_reward_that_falls_off_a_cliff(base, tmp_path):
-    log = sample(base, tmp_path, digits, steps=40, schedule=lambda step: 1 if step < 24 else 1000)
-    assert "reward fell" in names(log)
 
 
-def test_a_reward_whose_better_half_is_given_up(base, tmp_path):
-    def letters(completions, **_):
-        return [1.0 - share for share in digits(completions)]
-
-    def one_digit(completions, **_):
-        return [float(share > 0) for share in digits(completions)]
-
-    log = sample(base, tmp_path, [one_digit, letters], rate=3e-2, reward_weights=[0.01, 1.0])
-    report = doctor.run(log)
-    hacking = [f for f in report if f.name == "reward hacking"]
-    assert hacking and "one_digit" in hacking[0].saw
 
 
 def test_held_out_accuracy_is_compared_with_the_start_or_the_parent():
