@@ -72,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--profile", choices=PROFILES, help="default: gpu if there is one, else cpu")
     train.add_argument("--from", dest="start", help="base, sft, or the folder of an adapter")
 
+    compare = command("compare", _compare, "all methods over seeds: writes data/results/methods.csv")
+    compare.add_argument("--seeds", type=int, default=5)
+    compare.add_argument("--only", nargs="+", metavar="METHOD", help="like 'SFT, DPO'; default: all")
+    compare.add_argument("--resume", action="store_true", help="keep the rows that are there")
+
     command("pretrain", _pretrain, "build the practice model from nothing", add_help=False)
     data = command("data", _data, "write data/problems/ anew")
     data.add_argument(
@@ -119,6 +124,12 @@ def _train(arguments, rest) -> int:
     from rlnb import training
 
     return training.main(arguments)
+
+
+def _compare(arguments, rest) -> int:
+    from rlnb import compare
+
+    return compare.main(arguments)
 
 
 def _pretrain(arguments, rest) -> int:

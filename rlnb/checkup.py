@@ -82,7 +82,7 @@ def disk() -> tuple[str, ...]:
     place = Path(os.environ.get("RLNB_RUNS", bootstrap.ROOT)).absolute()
     place = next(p for p in (place, *place.parents) if p.exists())
     free = shutil.disk_usage(place).free / GB
-    return _enough(free, f"GB free at {place}", DISK, "Delete old runs, or set RLNB_RUNS")
+    return _enough(free, "GB free for runs", DISK, f"Delete old runs in {place}, or set RLNB_RUNS")
 
 
 def _enough(free: float, saw: str, limits: tuple[float, float], do: str) -> tuple[str, ...]:
@@ -209,7 +209,9 @@ def versions() -> tuple[str, ...]:
 
 
 def imports() -> tuple[str, ...]:
-    loaded = [name for name in sys.modules if name in (*PATCHED, "unsloth")]  # in order
+    # In order. A package's own entry may be put in anew when its import ends; its parts stay.
+    families = (name.split(".")[0] for name in sys.modules)
+    loaded = [name for name in families if name in (*PATCHED, "unsloth")]
     if not importlib.util.find_spec("unsloth") or not loaded:
         return ("nothing yet that minds the order",)
     if loaded[0] == "unsloth":

@@ -154,13 +154,13 @@ def activations(config: Any, ranks: int, autocast: bool, checkpointing: bool = F
     5 d (the inputs of both norms and what goes into q_proj, o_proj and gate_proj), q + 2 k
     (attention), 4 i (gate, its SiLU, up, their product). Each adapter keeps the r numbers of A x.
     With autocast all but the norms' inputs has 2 bytes, but each layer makes its own copy of what
-    it reads: 6 d instead of 3, and 2 q. ranks: the sum of the ranks of all adapted layers.
+    it reads in float32: 6 d instead of 3. ranks: the sum of the ranks of all adapted layers.
     """
     d, i, n = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     head = getattr(config, "head_dim", None) or d // config.num_attention_heads
     q, k = head * config.num_attention_heads, head * config.num_key_value_heads
     if autocast:
-        layer, each = 4 * 2 * d + 2 * (6 * d + 2 * q + 2 * k + 4 * i), 2
+        layer, each = 4 * 2 * d + 2 * (6 * d + q + 2 * k + 4 * i), 2
     else:
         layer, each = 4 * (5 * d + q + 2 * k + 4 * i), 4
     if checkpointing:  # every layer's input, and everything of the one that is at work

@@ -202,6 +202,39 @@ def lines(
 
 
 @draw.styled
+def frontier(
+    points: Mapping[str, tuple[float, Any]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    logx: bool = False,
+    title: str | None = None,
+):
+    """A dot per label at (x, y), with the interval of y and the label at the right in its colour.
+
+    y has .mean, .low and .high, in percent. `logx` spaces the x by their logarithm.
+    """
+    fig, (ax,) = draw.figure(1, 1, (6.4, 3.6))
+    dots = list(zip(draw.colours(points), points.items(), strict=True))
+    marks = "osD^vPXp<>"
+    for i, (colour, (_, (x, y))) in enumerate(dots):
+        ax.plot([x, x], [y.low, y.high], color=colour, alpha=0.6)
+        ax.plot(x, y.mean, marks[i % len(marks)], color=colour, markersize=6, zorder=3)
+    if logx:
+        ax.set_xscale("log")
+    draw.percent_axis(ax.yaxis, "")
+    ax.set(xlabel=xlabel, title=ylabel)
+    heights = draw.spread([y.mean for _, y in points.values()], gap=7.0)
+    for i, (height, (colour, (label, _))) in enumerate(zip(heights, dots, strict=True)):
+        place = dict(xycoords=("axes fraction", "data"), va="center", color=colour)
+        ax.plot([1.04], [height], marks[i % len(marks)], color=colour, clip_on=False,
+                transform=ax.get_yaxis_transform(), markersize=5)  # fmt: skip
+        ax.annotate(label, (1.07, height), weight="bold", **place)
+    draw.head(fig, title)
+    return fig
+
+
+@draw.styled
 def loop(steps: Sequence[str], back_to: int = 0):
     """Boxes in a row with arrows from each to the next, and one from the last back to `back_to`."""
     fig, (ax,) = draw.figure(1, 1, (1.45 * len(steps), 1.5))

@@ -190,7 +190,7 @@ class KTO(Pairs):
     """Kahneman-Tversky optimization (arXiv 2402.01306). ``batch`` counts labelled completions."""
 
     method: ClassVar[str] = "kto"
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4  # at twice this one seed gains 15 points and another loses 3
     steps: int = 64
     batch: int = 32
     beta: float = 0.1

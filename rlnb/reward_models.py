@@ -8,10 +8,12 @@ chance that y is preferred to z is sigmoid(r(x, y) - r(x, z)).
 import math
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any
 
 from rlnb import models
@@ -37,40 +39,57 @@ def load(
     base = models.resolve(name)
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right")
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=1, dtype=torch.float32, pad_token_id=tokenizer.pad_token_id
-    ).to("cuda" if torch.cuda.is_available() else "cpu")
+    with models.quiet(bars=not Path(base).is_dir()), _without_report():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=1, dtype=torch.float32, pad_token_id=tokenizer.pad_token_id
+        ).to("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(lora, LoRA):
-        return PeftModel.from_pretrained(model, str(lora)).eval(), tokenizer
+        model = PeftModel.from_pretrained(model, str(lora)).eval()
+        models.spare_casts(model)
+        return model, tokenizer
     config = LoraConfig(
         task_type="SEQ_CLS", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
         target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
         modules_to_save=["score"],
     )  # fmt: skip
-    return get_peft_model(model, config), tokenizer
+    model = get_peft_model(model, config)
+    models.spare_casts(model)
+    return model, tokenizer
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers reports at length that the score head is new, which is as it has to be."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def score(
-    model: Any, tokenizer: Any, texts: Sequence[Messages], batch_size: int = 256
+    model: Any, tokenizer: Any, texts: Sequence[Messages], batch_size: int = 32
 ) -> list[float]:
-    """The reward of each conversation, prompt and completion together."""
+    """The reward of each conversation, prompt and completion together; equal ones are read once."""
     import torch
 
-    ids = tokenizer.apply_chat_template(list(texts), tokenize=True, return_dict=True)["input_ids"]
-    order = sorted(
-        range(len(ids)), key=lambda i: len(ids[i])
-    )  # like lengths together: less padding
-    found = [0.0] * len(ids)
+    asked = tokenizer.apply_chat_template(list(texts), tokenize=True, return_dict=True)["input_ids"]
+    asked = [tuple(ids) for ids in asked]
+    order = sorted(set(asked), key=lambda ids: (len(ids), ids))  # like lengths need less padding
+    found: dict[tuple[int, ...], float] = {}
     was_training = model.training
     model.eval()
     with torch.inference_mode():
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt")
-            for i, value in zip(rows, model(**batch.to(model.device)).logits[:, 0], strict=True):
-                found[i] = value.item()
+            batch = tokenizer.pad({"input_ids": [list(ids) for ids in rows]}, return_tensors="pt")
+            scores = model(**batch.to(model.device)).logits[:, 0].tolist()
+            found.update(zip(rows, scores, strict=True))
     model.train(was_training)
-    return found
+    return [found[ids] for ids in asked]
 
 
 def as_reward(model: Any, tokenizer: Any) -> Callable[..., list[float]]:

@@ -20,15 +20,13 @@ MIN_LOGS = 6  # fewer show no trend
 SILENT = 0.9  # of the groups without variance: healthy runs of this workbook end with 0.2 to 0.75
 SOLVED = 0.95  # of the best reward ever logged, at the end: then silence is no fault
 CUT = 0.5  # of the completions cut at the limit, at the end: a third, for a while, was healthy
-KL_LIMIT = 1.0  # nats per token: e times as likely as under the reference, at every single token
-NOISIER, NOISIER_BY = (
-    2.0,
-    0.05,
-)  # entropy per token: healthy runs have ended with 1.8 times the start
+KL_LIMIT = 0.4  # nats per token: healthy runs reach 0.07 from SFT, 0.2 from the base; broken 0.48
+NOISIER = 2.0  # times the entropy per token at the start: healthy runs have ended with 1.8
+NOISIER_BY = 0.05  # and so much more
 FIXED = 0.2  # nats per completion: exp(-0.2) = 0.8, so eight samples in ten are the same text
 CLIMB = 1.5  # times the first loss: the untrained model does better
 CLIFF = 0.5  # of what the reward had gained (or of half its height) is lost again
-LOST = 0.1  # of what a part of the reward once gave is left of it
+LOST = 0.5  # of what a part of the reward once gave is left; healthy: 0.8 and more, hacked: 0.44
 LESS_LIKELY = 1.5  # times the reference's -log p of the chosen; up to there DPO lowers both sides
 ROUGHLY = 2  # times more, where the reference is known from the first batch only
 STUCK = 0.002  # of the loss at the start: eight healthy steps of DPO have moved it by 0.005
@@ -63,6 +61,13 @@ class Curve:
         values = self[name]
         width = max(3, len(values) // 8)
         return [fmean(values[i : i + width]) for i in range(len(values) - width + 1)] or [0.0]
+
+    def noise(self, name: str) -> float:
+        """Standard deviation of the differences of those means, were there only noise."""
+        values = self[name]
+        if len(values) < MIN_LOGS:
+            return 0.0
+        return stdev(b - a for a, b in pairwise(values)) / math.sqrt(max(3, len(values) // 8))
 
 
 def look(rows: Sequence[Mapping[str, Any]], run: Run | None = None) -> list[Finding]:
@@ -163,19 +168,20 @@ def reward_fell(curve: Curve, run: Run | None) -> str | None:
     if len(values) < 3 * MIN_LOGS:
         return None
     first, best, last = means[0], max(means), means[-1]
-    noise = stdev(b - a for a, b in pairwise(values)) / math.sqrt(max(3, len(values) // 8))
-    if best - last < max(CLIFF * max(best - first, abs(best) / 2), 2 * noise, 1e-3):
+    cliff = CLIFF * max(best - first, abs(best) / 2)
+    if best - last < max(cliff, 2 * curve.noise("reward"), 1e-3):
         return None
     return f"{first:.2f} at first, {best:.2f} at best, {last:.2f} now{curve.rate}"
 
 
 def reward_hacking(curve: Curve, run: Run | None) -> str | None:
-    """The reward has risen, and one of its parts that was earned now and then no longer is."""
+    """The reward has risen, and half of what one of its parts once gave is lost, beyond noise."""
     first, last = curve.ends("reward")
     parts = {name for row in curve.rows for name in row if name.startswith("rewards/")}
     for name in sorted(name for name in parts if name.endswith("/mean")):
         best, now = max(curve.smooth(name)), curve.ends(name)[1]
-        if last > first and min(curve[name]) >= 0 and now < LOST * best:
+        lost = best - now > 2 * curve.noise(name) and now < LOST * best
+        if last > first and min(curve[name]) >= 0 and lost:
             what = name.split("/")[1]
             return f"reward {first:.2f} -> {last:.2f}, but {what} {best:.2f} at best, {now:.2f} now"
     return None
@@ -248,11 +254,11 @@ SYMPTOMS = {  # rule: what it means, what to do, and the level where that is not
     kl_runs_away: ("The policy has left its reference, and with it what the base knew.",
         f"A higher beta (kl_coef), fewer steps. {COOLER}"),
     entropy_collapsed: ("Nearly all samples of a prompt are the same text: nothing new is tried.",
-        f"Stop earlier, sample hotter, or hold it to a reference (beta, kl_coef). {COOLER}"),
+        f"Fine if all is solved. Else sample hotter, or hold it to a reference (beta). {COOLER}", "advice"),
     reward_fell: ("Steps were so large that what was learnt is lost again.",
         f"Take an earlier checkpoint. {COOLER} Larger batches make steps less wild."),
-    reward_hacking: ("It has found a way to be paid without that part.",
-        f"Read completions. Pay for the rest only where it is earned, or weigh it higher. {COOLER}"),
+    reward_hacking: ("It has found a way to be paid without that.",
+        f"Read completions. Pay for the rest only where that is earned, or weigh it higher. {COOLER}"),
     loss_jumped: ("It fits its own training data worse than before.", f"Start again. {COOLER}"),
     more_random: ("Training makes a model surer. This one comes apart.",
         f"{COOLER} A higher beta keeps a policy near its reference."),

@@ -12,7 +12,7 @@ folder of a saved adapter.
 
 import argparse
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from rlnb import annotators, datasets, evaluate, models, preferences, problems, 
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import TrainerCallback
 
 RESPONSES = problems.DATA.parent / "preferences" / "responses.jsonl"
 REWARD_MODEL = problems.DATA.parent / "reward-model"
@@ -238,11 +239,12 @@ def grpo(
 
 def ppo(
     seed: int = 0, recipe: recipes.PPO | None = None, start: Start = "sft",
-    reward: Any = None,
+    reward: Any = None, callbacks: "Sequence[TrainerCallback]" = (),
 ) -> runs.Run:  # fmt: skip
     """RLHF with PPO (notebook 04): a critic, and a reward model's scores.
 
     reward: what PPOTrainer takes as reward_funcs; default: the reward model that ``judge`` names.
+    callbacks: further ones, after the run's own.
     """
     recipe = recipe or recipes.recipe("ppo")
     model, tokenizer, parent = _policy(recipe, seed, start)
@@ -255,7 +257,7 @@ def ppo(
             reward_funcs=reward or judge(seed),
             train_dataset=datasets.prompts(problems.load("train"), recipes.system()),
             processing_class=tokenizer,
-            callbacks=[run.callback()],
+            callbacks=[run.callback(), *callbacks],
         )
         carry_out(run, trainer, recipe)
     return run
@@ -263,7 +265,7 @@ def ppo(
 
 def rloo(
     seed: int = 0, recipe: recipes.RLOO | None = None, start: Start = "sft",
-    reward: Callable | None = None,
+    reward: Callable | None = None, callbacks: "Sequence[TrainerCallback]" = (),
 ) -> runs.Run:  # fmt: skip
     """The same without a critic: TRL's RLOO (notebook 04) on the same reward model."""
     from rlnb import reward_models
@@ -281,7 +283,7 @@ def rloo(
             reward_funcs=reward,
             train_dataset=datasets.prompts(problems.load("train"), recipes.system()),
             processing_class=tokenizer,
-            callbacks=[run.callback()],
+            callbacks=[run.callback(), *callbacks],
         )
         carry_out(run, trainer, recipe)
     return run

@@ -1,57 +1,71 @@
-"""The doctor: tiny runs that are broken on purpose and really trained, and healthy ones beside them.
+"""The doctor's rules on logs, its report and command, and what it says of the machine.
 
-The model is random and has 116,000 parameters, so a run takes a second.
+The logs are real: runs of the practice model from its SFT adapter, numbers rounded. test_symptoms.py
+trains tiny models that are broken on purpose.
 """
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
-import tiny
 
-from rlnb import __main__, bootstrap, checkup, doctor, models, preferences, runs
+from rlnb import __main__, bootstrap, checkup, doctor, models, runs
 
 models.backend()
 import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-from trl import (  # noqa: E402
-    DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RewardConfig,
-    RewardTrainer, SFTConfig, SFTTrainer,
-)  # fmt: skip
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
 
-from rlnb import reward_models, sampling  # noqa: E402
-
-LORA = models.LoRA(rank=4, alpha=16)
-WORDS = ("apples", "boxes", "pens")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A model that knows the pairs below by heart, so that it has something to lose."""
-    return learn(tiny.make(tmp_path_factory.mktemp("doctor") / "m"))
-
-
-def learn(folder, steps=150):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    texts = [[*row["prompt"], *row[side]] for row in pairs() for side in ("chosen", "rejected")]
-    batch = tokenizer.apply_chat_template(
-        texts, tokenize=True, return_dict=True, padding=True, return_tensors="pt"
-    )
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    for step in range(steps):
-        rows = torch.arange(len(texts))[step % 3 :: 3]  # of both sides
-        part = {name: values[rows] for name, values in batch.items()}
-        model(**part, labels=labels[rows]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    return folder
+# PPO from 277 right of 500, every second log: learning rate 1e-3, KL coefficient 0.05, to 366 right
+PPO = {
+    "reward": "-.15 -.2 -.41 -.087 .073 .34 .38 .24 .41 .39 .38 .51 .28 .51 .46 .74 .58 .57 .43 .71",
+    "kl": "0 -.00045 .011 .03 .029 .051 .044 .055 .039 .061 .048 .042 .036 .051 .053 .05 .044 .045 "
+        ".04 .036",
+    "entropy": ".048 .061 .099 .1 .094 .12 .079 .095 .061 .067 .079 .067 .051 .069 .071 .068 .055 .056 "
+        ".057 .048",
+    "rewards/correctness/mean": ".56 .44 .33 .41 .45 .52 .52 .47 .55 .55 .55 .56 .52 .5 .55 .47 .59 .62 .55 .58",
+}  # fmt: skip
+# learning rate 3e-3 without a KL term, to 49 right of 500
+PPO_TOO_HOT = {
+    "reward": "-.15 -.63 -.23 -.019 -.31 .33 .34 .63 .34 .58 .6 .65 .63 .79 .52 .72 .72 .75 .51 .95",
+    "kl": "0 0 .0022 .031 .056 .1 .23 .36 .34 .45 .4 .42 .56 .59 .67 .79 .86 .84 .89 .78",
+    "entropy": ".048 .054 .069 .09 .13 .15 .2 .24 .18 .21 .16 .17 .21 .21 .3 .28 .28 .3 .32 .25",
+    "rewards/correctness/mean": ".56 .36 .41 .36 .3 .31 .17 .2 .22 .14 .2 .062 .12 .094 .062 .031 .047 .078 .062 .047",
+}  # fmt: skip
+# KTO at 2e-4, to 155 right of 250
+KTO = {
+    "loss": ".5 .5 .5 .5 .5 .5 .5 .5 .5 .5 .5 .5 .49 .5 .49 .49 .49 .5 .49 .5 .49 .5 .5 .49",
+    "kl": "0 0 .058 0 .087 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0",
+    "rewards/chosen": "0 0 .00022 .0013 .0028 .0019 .0027 .0064 -.008 .0071 .0031 .0042 .0037 .0073 .0082 .0092 "
+        ".0055 .00047 .0079 .0082 .0073 -.0024 -.0027 .0079",
+    "rewards/rejected": "0 0 -.0038 .0014 -.0032 -.005 -.0063 -.01 -.013 -.0052 -.015 -.028 -.041 -.015 -.036 "
+        "-.035 -.057 -.024 -.051 -.018 -.033 -.024 -.024 -.041",
+    "rewards/margins": "0 0 .004 -5.4e-05 .0061 .0069 .009 .017 .0049 .012 .018 .032 .044 .023 .044 .045 .062 "
+        ".025 .059 .026 .04 .021 .022 .049",
+    "logps/chosen": "-.95 -.95 -.97 -1 -.79 -.81 -.76 -1 -1.1 -.68 -.77 -.95 -1 -1.2 -.94 -.68 -.56 -1.2 -.84 "
+        "-.93 -1.4 -.92 -1.5 -.97",
+}  # fmt: skip
+# and at 5e-3, to 62 right of 250
+KTO_TOO_HOT = {
+    "loss": ".5 .5 .5 .49 .47 .43 .44 .47 .55 .44 .45 .42 .41 .43 .4 .42 .36 .38 .47 .39 .43 .38 .45 "
+        ".45",
+    "kl": "0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0",
+    "rewards/chosen": "0 0 .0051 .017 -.077 -.59 -1.1 -1.7 -1.7 -.69 -.86 -.52 -.41 -.24 -.21 -.26 -.23 -.56 "
+        "-.49 -.4 -.28 -.28 -.49 -.43",
+    "rewards/rejected": "0 0 -.03 -.06 -.37 -1.2 -1.5 -2.5 -2.3 -1.7 -1.4 -1.6 -1.2 -.94 -1.5 -1 -1.3 -1.4 -1.7 "
+        "-1.3 -1.1 -1.5 -1.6 -1.5",
+    "rewards/margins": "0 0 .035 .078 .3 .6 .48 .88 .6 1 .59 1.1 .8 .7 1.2 .79 1.1 .83 1.2 .86 .8 1.3 1.1 1",
+    "logps/chosen": "-.95 -.95 -.93 -.86 -1.6 -6.8 -11 -18 -18 -7.6 -9.4 -6.1 -5.2 -3.7 -3.1 -3.4 -2.9 -6.8 "
+        "-5.8 -5 -4.2 -3.7 -6.3 -5.4",
+}  # fmt: skip
+# GRPO at 2e-3, every fifth log, to 410 right of 500
+GRPO = {
+    "reward": ".95 .85 .82 1 .59 .63 .76 1 1.1 .69 .92 .95 .9 .82 1.1 .95 1.1 1 .92 .88 1.2 1.1",
+    "entropy": ".046 .043 .058 .11 .089 .068 .074 .031 .027 .036 .046 .028 .037 .037 .023 .022 .023 .025 "
+        ".027 .031 .016 .015",
+    "completions/mean_length": "22 25 30 26 30 29 27 23 23 27 26 26 26 27 23 27 28 22 27 26 22 27",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -59,154 +73,63 @@ def registry(monkeypatch, tmp_path):
     monkeypatch.setenv("RLNB_RUNS", str(tmp_path / "runs"))
 
 
-def pairs(n=32, long=1):
-    rows = []
-    for i in range(n):
-        prompt = f"Anna has {i} {WORDS[i % 3]}. " * long
-        rows.append({"prompt": message("user", prompt),
-                     "chosen": message("assistant", f"<answer>{i}</answer>"),
-                     "rejected": message("assistant", "How many pens are left?")})  # fmt: skip
-    return Dataset.from_list(rows)
+def rows(table, **times):
+    """A table of numbers as a trainer's log; times: factors, one for each log, of some columns."""
+    log = [dict(zip(table, map(float, row), strict=True))
+           for row in zip(*(column.split() for column in table.values()), strict=True)]  # fmt: skip
+    for name, factors in times.items():
+        for row, factor in zip(log, factors, strict=True):
+            row[name] *= factor
+    return [{"loss": 0.0, "grad_norm": 1.0} | row for row in log]
 
 
-def message(role, text):
-    return [{"role": role, "content": text}]
+def found(log):
+    return {finding.name: finding.saw for finding in doctor.run(log)}
 
 
-def settings(config, folder, steps=24, rate=1e-3, **more):
-    given = {"per_device_train_batch_size": 8, "max_steps": steps, "learning_rate": rate}
-    return config(
-        output_dir=str(folder), report_to="none", use_cpu=True, bf16=True, logging_steps=1,
-        save_strategy="no", disable_tqdm=True, **given | more,
-    )  # fmt: skip
+# --- logs ----------------------------------------------------------------------------------------
 
 
-def read(base, folder, kind, data=None, frozen=False, **given):
-    """The log of a run of one of the trainers that read."""
-    trainer, config = {
-        "sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig), "orpo": (ORPOTrainer, ORPOConfig),
-        "kto": (KTOTrainer, KTOConfig), "reward": (RewardTrainer, RewardConfig),
-    }[kind]  # fmt: skip
-    data = data if data is not None else pairs()
-    if kind == "sft":
-        data = data.remove_columns("rejected").rename_column("chosen", "completion")
-    if kind == "kto":
-        given["train_sampling_strategy"] = "sequential"
-        data = data if "label" in data.column_names else preferences.unpair(data, 0)
-    load = reward_models.load if kind == "reward" else models.load_model
-    model, tokenizer = load(base, LORA)
-    if frozen:
-        model.requires_grad_(False)
-    made = trainer(model=model, args=settings(config, folder, **given), train_dataset=data,
-                   processing_class=tokenizer)  # fmt: skip
-    made.train()
-    return made.state.log_history
+@pytest.mark.parametrize("table", [PPO, KTO, GRPO], ids=["ppo", "kto", "grpo"])
+def test_real_healthy_runs_are_silent(table):
+    assert found(rows(table)) == {}
 
 
-def digits(completions, **_):
-    """The share of digits among the characters: a reward that a random model can climb."""
-    texts = [c[0]["content"] for c in completions]
-    return [sum(x.isdigit() for x in text) / max(1, len(text)) for text in texts]
+def test_ppo_that_leaves_its_reference_and_what_the_reward_model_cannot_see():
+    saw = found(rows(PPO_TOO_HOT))
+    assert set(saw) == {"kl runs away", "reward hacking", "more random"}
+    assert saw["kl runs away"] == "kl 0 -> 0.83 nats per token"
+    assert saw["reward hacking"].endswith("but correctness 0.44 at best, 0.05 now")
+    assert "kl runs away" not in found(rows(PPO_TOO_HOT)[:8])  # it had not yet
 
 
-def sample(base, folder, reward_funcs, schedule=None, **given):
-    """The log of a GRPO run."""
-    model, tokenizer = models.load_model(base, LORA)
-    size = {"num_generations": 8, "max_completion_length": 12, "per_device_train_batch_size": 32}
-    args = settings(GRPOConfig, folder, **size | given)
-    optimizer = scheduler = None
-    if schedule:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    trainer = GRPOTrainer(
-        model=model, args=args, reward_funcs=reward_funcs, train_dataset=pairs().select_columns("prompt"),
-        processing_class=tokenizer, rollout_func=sampling.rollout, optimizers=(optimizer, scheduler),
-    )  # fmt: skip
-    trainer.train()
-    return trainer.state.log_history
+def test_kto_whose_margin_grows_while_chosen_falls():
+    saw = found(rows(KTO_TOO_HOT))
+    assert "chosen falls" in saw and "margin 1" in saw["chosen falls"]
+    assert "chosen falls" not in found(rows(KTO_TOO_HOT)[:5])
+    with runs.start("kto", config={"beta": 0.1}) as run:  # the reference of the same rows is known
+        for step, row in enumerate(rows(KTO_TOO_HOT)):
+            run.log(step, **row)
+    assert "chosen falls" in {finding.name for finding in doctor.run(run)}
 
 
-def names(log):
-    return {finding.name for finding in doctor.run(log)}
+def test_samples_that_are_all_the_same_text():
+    """None of the runs at hand came to this: it is one of them with its entropy brought down."""
+    falling = [0.7**step for step in range(22)]
+    report = doctor.run(rows(GRPO, entropy=falling))
+    assert [(f.name, f.level) for f in report] == [("entropy collapsed", "advice")]
 
 
-# --- runs ----------------------------------------------------------------------------------------
+def test_a_part_of_the_reward_that_was_hardly_ever_earned_is_no_loss():
+    log = rows(PPO)
+    for step, row in enumerate(log):
+        row["rewards/correctness/mean"] = 1 / 64 if step == 3 else 0.0
+    assert found(log) == {}
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "orpo", "reward"])
-def test_healthy_runs_that_read_are_silent(base, tmp_path, kind):
-    report = doctor.run(read(base, tmp_path, kind))
-    assert report == [] and str(report) == "nothing wrong in 24 logs" and report.works
-
-
-
-
-def test_answers_that_are_cut(base, tmp_path):
-    log = sample(base, tmp_path, digits, steps=8, max_completion_length=2)
-    assert "cut at the limit" in names(log)
-
-
-def test_a_frozen_adapter(base, tmp_path):
-    assert names(read(base, tmp_path, "sft", frozen=True)) == {"nothing moved"}
-
-
-def test_a_saved_adapter_that_never_moved(base):
-    with runs.start("sft", model="m") as run:
-        model, _ = models.load_model(base, LORA)
-        models.save_adapter(model, run.adapter)
-    assert [f.name for f in doctor.run(run)] == ["nothing moved"]
-    with torch.no_grad():
-        next(p for n, p in model.named_parameters() if "lora_B" in n)[0, 0] = 1.0
-    models.save_adapter(model, run.adapter)
-    assert doctor.run(run) == []
-
-
-@pytest.mark.parametrize("kind", ["sft", "orpo"])
-def test_a_learning_rate_so_high_that_the_loss_jumps(base, tmp_path, kind):
-    report = doctor.run(read(base, tmp_path, kind, rate=1.0))
-    assert "loss jumped" in {f.name for f in report} and not report.works
-    assert "learning rate up to 1e+00" in str(report)
-
-
-def test_a_learning_rate_so_low_that_nothing_is_learnt(base, tmp_path):
-    report = doctor.run(read(base, tmp_path, "dpo", rate=1e-8))
-    assert [(f.name, f.level) for f in report] == [("hardly moved", "advice")]
-    assert report.works
-
-
-
-
-def test_kto_with_one_class(base, tmp_path):
-    both = preferences.unpair(pairs(), 0)
-    good = both.filter(lambda row: row["label"])
-    report = doctor.run(read(base, tmp_path, "kto", good, steps=8))
-    assert [f.name for f in report] == ["one class"]
-    assert report[0].saw == "of 8 logs, 8 have desirable rows and 0 undesirable ones"
-
-
-def test_numbers_that_are_none(base, tmp_path):
-    log = read(base, tmp_path, "orpo", pairs(long=20), max_length=64, steps=4)
-    assert "not a number" in names(log)
-    with runs.start("orpo") as run:  # a curve on disk has no NaN, but the word
-        for row in log:
-            run.log(**row)
-    assert "grad_norm" in doctor.run(run)[0].saw
-
-
-def test_groups_without_variance(base, tmp_path):
-    def constant(completions, **_):
-        return [0.5] * len(completions)
-
-    report = doctor.run(sample(base, tmp_path, constant, steps=8))
-    assert {f.name for f in report} == {"silent groups"}
-    assert "100% of the groups" in str(report)
-
-
-
-
-
-
+def test_a_short_or_empty_log_says_nothing():
+    assert doctor.run([]) == []
+    assert doctor.run([{"loss": 1.0, "grad_norm": 1.0}, {"loss": 9.0, "grad_norm": 1.0}]) == []
 
 
 def test_held_out_accuracy_is_compared_with_the_start_or_the_parent():
@@ -236,11 +159,6 @@ def test_runs_that_did_not_end_by_themselves():
     code = "import os; from rlnb import runs; run = runs.start('sft'); run.__enter__(); os._exit(1)"
     subprocess.run([sys.executable, "-c", code], env=here())
     assert doctor.run(runs.latest(status="lost"))[0].saw.startswith("lost")
-
-
-def test_a_short_or_empty_log_says_nothing():
-    assert doctor.run([]) == []
-    assert doctor.run([{"loss": 1.0, "grad_norm": 1.0}, {"loss": 9.0, "grad_norm": 1.0}]) == []
 
 
 # --- the machine ---------------------------------------------------------------------------------
@@ -295,8 +213,6 @@ def test_versions_are_held_against_the_requirement_files(monkeypatch, tmp_path):
     assert checkup.versions()[:2] == ("missing: no-such-package", "problem")
 
 
-
-
 def test_more_threads_than_cores_are_seen():
     before = torch.get_num_threads()
     torch.set_num_threads(4 * os.cpu_count())
@@ -310,3 +226,17 @@ def test_more_threads_than_cores_are_seen():
 def test_an_old_python_gets_as_far_as_the_message(name):
     text = (bootstrap.ROOT / "rlnb" / f"{name}.py").read_text(encoding="utf-8")
     ast.parse(text, feature_version=(3, 9))
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("unsloth"), reason="Unsloth is not installed")
+@pytest.mark.parametrize("first, said", [
+    ("import trl", "advice  imports   trl before unsloth, which patches it. Restart"),
+    ("from rlnb import models; models.backend(); import trl", "ok      imports   unsloth first"),
+])  # fmt: skip
+def test_the_order_of_imports_is_reported(first, said):
+    code = f"""{first}
+from rlnb import checkup, doctor
+checkup.LOOKS = (checkup.imports,)
+print(doctor.machine())"""
+    done = subprocess.run([sys.executable, "-c", code], env=here(), capture_output=True, text=True)
+    assert said in done.stdout, done.stderr[-2000:]

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -72,3 +74,12 @@ def test_scores_do_not_hang_on_the_batch_and_survive_saving(tmp_path):
     models.save_adapter(model, tmp_path / "adapter")
     again, _ = reward_models.load("abacus-3m", tmp_path / "adapter", seed=5)
     assert reward_models.score(again, tokenizer, texts) == pytest.approx(together, abs=1e-6)
+
+
+def test_loading_prints_nothing():
+    """transformers would report that the score head is new. In a process of its own, as its log goes
+    to the stderr that was there when it was imported.
+    """
+    code = "from rlnb import models, reward_models as r; r.load('abacus-3m', models.LoRA(rank=4))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "score.weight" not in done.stdout + done.stderr

@@ -63,12 +63,17 @@ def over_seeds(values: list[float], shown: str = "{:.1f}", unit: str = " %") -> 
     return f"{text} [{', '.join(ends)}]"
 
 
+def ends(values: list[float]) -> str:
+    """The mean, and the least and the largest value: for what is never negative."""
+    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
 def carry_out(
-    doc: str, out: Path, arms: Iterable[str], measure: Callable[[str, int], dict],
+    doc: str, out: Path, arms: Iterable[str], measure: Callable[[str, int], dict | list[dict]],
     first: Callable[[], list[dict]] = list,
 ) -> list[dict]:  # fmt: skip
     """Measures each arm with each seed, in the cpu profile; ``out`` has every row as soon as it is
-    there. first: rows that need no seed.
+    there. measure: gives one row or several. first: rows that need no seed.
     """
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
@@ -80,7 +85,8 @@ def carry_out(
     for seed in range(arguments.seeds):
         for arm in arms:
             if not any(r["arm"] == arm and r["seed"] == seed for r in rows):
-                rows.append(measure(arm, seed))
+                found = measure(arm, seed)
+                rows += found if isinstance(found, list) else [found]
                 write(rows, out)
     return rows
 

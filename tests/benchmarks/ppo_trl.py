@@ -225,6 +225,20 @@ def report(rows: list[dict[str, Any]], steps: dict[str, list[float]]) -> bool:
     return met
 
 
+def sentence(rows: list[dict[str, Any]]) -> str:
+    """What the README says of them: medians of the rounds."""
+    def middle(which: str, name: str) -> float:
+        return median(float(row[name]) for row in rows if row["trainer"] == which)
+
+    (time, theirs), (grown, more) = (
+        [middle(which, name) for which in ("ours", "TRL")] for name in ("step_seconds", "growth_mb")
+    )
+    return (
+        f"On the same work a step of PPO takes {time:.1f} s here and {theirs:.1f} s in TRL 1.12, the last "
+        f"that had it, and memory grows by {grown:,.0f} MB instead of {more:,.0f} MB."
+    )
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as CSV."""
     text = io.StringIO()

@@ -112,7 +112,7 @@ def tables(rows: list[dict]) -> str:
             continue
         before, after = ([100 * r[name] / r["n"] for r in mine] for name in ("before", "strict"))
         gain = over_seeds([b - a for a, b in zip(before, after, strict=True)], "{:+.1f}", "")
-        moved = over_seeds([r["kl"] for r in mine], "{:.2f}", "")
+        moved = learning.ends([r["kl"] for r in mine])
         lines.append(
             f"| {arm} | {over_seeds(before)} | {over_seeds(after)} | {gain} | {moved} | {cost}"
         )

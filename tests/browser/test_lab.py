@@ -24,9 +24,9 @@ from playwright.sync_api import Page, expect, sync_playwright
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT / "html" / "browser"
 NOTEBOOK = "02_sft"
-CELLS = (
-    'from rlnb import widgets\npanel = widgets.panel("sft")\npanel',
-    'view = widgets.label(training.responses(SEED), annotator="anna", path="labels")\nview',
+CELLS = (  # behind the notebook's own, the last of which is its panel
+    "from rlnb import training\nrows = training.responses(SEED)",
+    'widgets.label(rows, annotator="anna", path="labels")',
     "6 * 7",
 )
 SLOW = 240_000  # milliseconds for a notebook to run on two busy cores
@@ -141,10 +141,10 @@ def test_a_notebook_runs_from_top_to_bottom(page):
 def test_the_panel_shows_its_knobs_and_the_runs_of_this_notebook(page):
     panel = page.locator(".jp-OutputArea", has=page.locator(".widget-gridbox"))
     panel.scroll_into_view_if_needed()
-    for name in ("rank", "max_lora_rank", "learning rate", "steps", "batch", "examples", "seed"):
+    for name in ("rank", "max_lora_rank", "learning rate", "steps", "batch", "demonstrations", "seed"):
         expect(page.locator(".widget-label", has_text=re.compile(f"^{name}$"))).to_be_visible()
     expect(panel.locator("svg[role=img]").first).to_be_visible()
-    assert table_rows(page) == 1  # the run of the notebook's own cell
+    assert table_rows(page) == 2  # of the notebook's own cells
     status(page, re.compile(r"trains 299,008 parameters"))
     shot(page, "2_panel")
 
@@ -186,13 +186,13 @@ def test_a_run_draws_its_curve_and_lands_in_the_table(page):
     time.sleep(1)
     button(page, "Run").click()
     began = time.perf_counter()
-    expect(page.locator("progress")).to_be_visible()
+    expect(page.locator(".jupyter-widgets progress")).to_be_visible()
     print(f"\nfirst point after {time.perf_counter() - began:.1f} s")
     expect(button(page, "Run")).to_be_disabled()
     shot(page, "5_running")
     expect(page.locator("text=/^Done in/")).to_be_visible(timeout=SLOW)
     assert re.search(r"Held out: [\d.]+ % \[", page.locator("text=/^Done in/").inner_text())
-    assert table_rows(page) == 2
+    assert table_rows(page) == 3
     legend = page.locator(".jp-OutputArea", has=page.locator(".widget-gridbox"))
     expect(legend.locator("text=/^steps 32/").first).to_be_visible()
     shot(page, "6_done")
@@ -201,7 +201,7 @@ def test_a_run_draws_its_curve_and_lands_in_the_table(page):
 def test_stop_keeps_the_run_and_the_kernel_answers_meanwhile(page):
     move(page, "steps", "512")
     button(page, "Run").click()
-    expect(page.locator("progress")).to_be_visible()
+    expect(page.locator(".jupyter-widgets progress")).to_be_visible()
     last = page.locator(".jp-CodeCell").last
     last.locator(".cm-content").click()
     page.keyboard.press("Control+A")
@@ -212,7 +212,7 @@ def test_stop_keeps_the_run_and_the_kernel_answers_meanwhile(page):
     button(page, "Stop").click()
     expect(page.locator("text=/^Stopped at step/")).to_be_visible()
     expect(page.locator("text=/^interrupted$/")).to_be_visible()
-    assert table_rows(page) == 3
+    assert table_rows(page) == 4
     shot(page, "7_stopped")
 
 
@@ -224,19 +224,19 @@ def test_the_table_is_sorted_and_a_run_is_deleted_after_asking(page):
     expect(button(page, "Sure\\?")).to_be_visible()
     shot(page, "8_sure")
     button(page, "Sure\\?").click()
-    expect(page.locator(".widget-gridbox input[type=checkbox]")).to_have_count(2)
+    expect(page.locator(".widget-gridbox input[type=checkbox]")).to_have_count(3)
 
 
 def test_a_page_that_is_closed_loses_nothing(page):
     menu(page, "File", "Save Notebook")
     move(page, "steps", "128")
     button(page, "Run").click()
-    expect(page.locator("progress")).to_be_visible()
+    expect(page.locator(".jupyter-widgets progress")).to_be_visible()
     page.reload()
     page.locator(".jp-Notebook").wait_for(timeout=SLOW)
     expect(page.locator("text=/^Done in/")).to_be_attached(timeout=SLOW)
     page.locator("text=/^Done in/").scroll_into_view_if_needed()
-    assert table_rows(page) == 3
+    assert table_rows(page) == 4
     shot(page, "9_after_reload")
 
 
@@ -255,7 +255,7 @@ def test_three_pairs_are_labelled_by_click_and_by_key(page):
 
 def test_it_reads_in_the_dark(page):
     menu(page, "Settings", "Theme", "JupyterLab Dark")
-    page.locator("body[data-jp-theme-light=false]").wait_for()
+    page.locator("body[data-jp-theme-light=false]").wait_for(state="attached")
     page.locator(".widget-gridbox").scroll_into_view_if_needed()
     time.sleep(1)
     shot(page, "11_dark")

@@ -48,13 +48,13 @@ def test_grpo_learns_without_demonstrations():
     assert strict(run.result) > strict(run.result["start"]) + 40
 
 
-# A hot rate costs tens of points. KTO's gain hangs on which labels it gets.
-@pytest.mark.parametrize("method, notebook, loss", [("dpo", "05_dpo", 2), ("kto", "06_kto", 10)])
-def test_preferences_help_and_do_not_harm(method, notebook, loss):
+# A hot rate costs tens of points.
+@pytest.mark.parametrize("method, notebook", [("dpo", "05_dpo"), ("kto", "06_kto")])
+def test_preferences_help_and_do_not_harm(method, notebook):
     run = only_run(method, notebook)
-    assert strict(run.result) > strict(run.result["start"]) - loss
+    assert strict(run.result) > strict(run.result["start"]) - 2
     ends = [row for row in run.curve() if "rewards/margins" in row][-10:]
-    assert sum(row["rewards/margins"] for row in ends) / len(ends) > 0.05
+    assert sum(row["rewards/margins"] for row in ends) / len(ends) > 0.02
 
 
 def test_a_hot_rate_on_foreign_pairs_breaks_dpo():
