@@ -92,10 +92,20 @@ def policy_figures(model: Any, tokenizer: Any, sft: runs.Run) -> dict[str, Any]:
     found = counts([split for split, _ in asked], strict)
     found["tokens"] = round(fmean(r["tokens"] for (s, _), r in zip(asked, report.rows, strict=True)
                                   if s == "id"), 2)  # fmt: skip
-    reference, _ = models.load_model(recipes.model_name(), lora=sft.adapter)
-    prompts = [problems.prompt(p, recipes.system()) for split, p in asked if split == "id"]
-    moved = evaluate.kl(model, tokenizer, prompts, reference=reference, max_new_tokens=longest)
+    moved = moved_from(sft, model, tokenizer, [p for split, p in asked if split == "id"])
     return found | {"kl": round(moved.mean, 4), "kl_error": round(moved.error, 4)}
+
+
+def moved_from(
+    start: runs.Run, model: Any, tokenizer: Any, asked: Sequence[problems.Problem], seed: int = 0
+) -> evaluate.KL:
+    """How far the policy is from a run's, on samples for these problems."""
+    reference, _ = models.load_model(recipes.model_name(), lora=start.adapter)
+    prompts = [problems.prompt(p, recipes.system()) for p in asked]
+    longest = recipes.recipe("sft").max_new_tokens
+    return evaluate.kl(
+        model, tokenizer, prompts, reference=reference, max_new_tokens=longest, seed=seed
+    )
 
 
 def best_of_figures(model: Any, tokenizer: Any, seed: int) -> dict[str, Any]:
@@ -140,11 +150,16 @@ def carry_out(seeds: int, arms: Iterable[str], out: Path = OUT, resume: bool = F
     there = {(r["arm"], r["seed"]) for r in rows}
     for seed in range(seeds):
         for arm in (arm for arm in arms if (arm, seed) not in there):
-            with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-                rows.append(pool.submit(row, arm, seed).result())
+            rows.append(in_own_process(row, arm, seed))
             files.write(out, text(rows))
             print(f"seed {seed}  {arm:16} strict {100 * share(rows[-1]):.1f} %", flush=True)
     return rows
+
+
+def in_own_process(measure: Callable[[str, int], Any], arm: str, seed: int) -> Any:
+    """What `measure` returns in a new process, whose peak of memory is that of this run alone."""
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        return pool.submit(measure, arm, seed).result()
 
 
 def text(rows: Sequence[dict]) -> str:

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from rlnb import compare
 from rlnb.bootstrap import ROOT
 from tests.benchmarks import learning, ppo_trl, preferences, rlhf
 
@@ -12,21 +13,21 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_results_follows_from_the_rows():
-    rows = learning.read()
+    rows = compare.read(learning.OUT)
     assert {row["seed"] for row in rows} == {0, 1, 2}
     assert learning.table(rows) in README
 
 
 @pytest.mark.parametrize("table", [preferences, rlhf], ids=["preferences", "rlhf"])
 def test_the_other_tables_follow_too(table):
-    rows = learning.read(table.OUT)
+    rows = compare.read(table.OUT)
     assert {row["seed"] for row in rows} == {0, 1, 2}
     for part in table.tables(rows).split("\n\n"):
         assert part in README
 
 
 def test_the_cost_of_ppo_is_that_of_its_rows():
-    assert ppo_trl.sentence(learning.read(ppo_trl.OUT)) in README
+    assert ppo_trl.sentence(compare.read(ppo_trl.OUT)) in README
 
 
 def test_links_lead_to_files():

@@ -7,17 +7,15 @@ Writes one row per run to data/results/foundation.csv and prints the README's ta
 """
 
 import argparse
-import csv
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-from rlnb import evaluate, models, recipes, runs, training
+from rlnb import compare, evaluate, files, models, recipes, runs, training
 
-RESULTS = Path(__file__).parents[2] / "data" / "results"
+RESULTS = compare.OUT.parent
 OUT = RESULTS / "foundation.csv"
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 8: 2.36, 10: 2.26}  # Student's t, two-sided, n - 1
 
 
 def base_row() -> dict:
@@ -55,12 +53,8 @@ def table(rows: list[dict]) -> str:
 
 def over_seeds(values: list[float], shown: str = "{:.1f}", unit: str = " %") -> str:
     """The mean, and for two seeds or more its 95 % interval (Student's t)."""
-    text = shown.format(mean(values)) + unit
-    if len(values) < 2:
-        return text
-    half = T_95[len(values)] * stdev(values) / len(values) ** 0.5
-    ends = (shown.format(mean(values) + side) for side in (-half, half))
-    return f"{text} [{', '.join(ends)}]"
+    middle, *ends = (shown.format(x) for x in compare.over_seeds(values))
+    return middle + unit + (f" [{', '.join(ends)}]" if len(values) > 1 else "")
 
 
 def ends(values: list[float]) -> str:
@@ -80,14 +74,14 @@ def carry_out(
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     arguments = parser.parse_args()
     os.environ["RLNB_PROFILE"] = "cpu"
-    rows = read(out) if arguments.resume and out.is_file() else []
+    rows = compare.read(out) if arguments.resume and out.is_file() else []
     rows = rows or first()
     for seed in range(arguments.seeds):
         for arm in arms:
             if not any(r["arm"] == arm and r["seed"] == seed for r in rows):
                 found = measure(arm, seed)
                 rows += found if isinstance(found, list) else [found]
-                write(rows, out)
+                files.write(out, compare.text(rows))
     return rows
 
 
@@ -96,30 +90,6 @@ ARMS = {
     "SFT, GRPO": lambda seed: training.grpo(seed, start=training.find_or_train_sft(seed)),
     "GRPO from base": lambda seed: training.grpo(seed, start="base"),
 }
-
-
-def read(path: Path = OUT) -> list[dict]:
-    """The rows of a table, its numbers as numbers."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{name: _value(text) for name, text in r.items()} for r in csv.DictReader(file)]
-
-
-def _value(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
-
-
-def write(rows: list[dict], path: Path = OUT) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".tmp").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    path.with_suffix(".tmp").replace(path)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,6 @@ and entropies. TRL's loop computes the metrics that it logs, we compute ours.
 """
 
 import argparse
-import csv
-import io
 import json
 import os
 import shutil
@@ -41,7 +39,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rlnb import bootstrap, datasets, files, machine, memory, models, problems
+from rlnb import bootstrap, compare, datasets, files, machine, memory, models, problems
 
 ROOT = Path(__file__).parents[2]
 VENV, OUT = ROOT / ".venv-trl112", ROOT / "data" / "results" / "ppo_trl.csv"
@@ -239,15 +237,6 @@ def sentence(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -284,7 +273,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     met = report(rows, steps)
     if not options.no_write:
-        files.write(OUT, table(rows))
+        files.write(OUT, compare.text(rows))
     sys.exit(not met)
 
 

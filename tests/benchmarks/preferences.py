@@ -9,10 +9,9 @@ start from is that of the same seed. KL is from this SFT model, in nats per sequ
 the held-out problems.
 """
 
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from functools import partial
 
-from rlnb import datasets, evaluate, models, problems, recipes, reward_models, runs, training
+from rlnb import compare, datasets, evaluate, models, problems, recipes, reward_models, runs, training
 from tests.benchmarks import learning
 from tests.benchmarks.learning import over_seeds
 
@@ -40,13 +39,6 @@ ARMS = {
     "ORPO from base": training.orpo,
     "SFT on the chosen": sft_on_the_chosen,
 }
-
-
-def measure(arm: str, seed: int) -> dict:
-    """The row of one run, made in a new process."""
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        return pool.submit(run_row, arm, seed).result()
 
 
 def run_row(arm: str, seed: int) -> dict:
@@ -86,11 +78,7 @@ def policy_figures(run: runs.Run, seed: int) -> dict:
     else:
         with model.disable_adapter():
             before = evaluate.accuracy(model, tokenizer, held_out, **asked).strict.k
-    reference, _ = models.load_model(recipes.model_name(), lora=sft.adapter)
-    moved = evaluate.kl(
-        model, tokenizer, [problems.prompt(problem, recipes.system()) for problem in held_out],
-        reference=reference, max_new_tokens=recipe.max_new_tokens, seed=seed,
-    )  # fmt: skip
+    moved = compare.moved_from(sft, model, tokenizer, held_out, seed)
     return {"before": before, "strict": after["k"], "n": after["n"], "kl": round(moved.mean, 3),
             "kl_error": round(moved.error, 3)}  # fmt: skip
 
@@ -120,4 +108,4 @@ def tables(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    print(tables(learning.carry_out(__doc__, OUT, ARMS, measure)))
+    print(tables(learning.carry_out(__doc__, OUT, ARMS, partial(compare.in_own_process, run_row))))

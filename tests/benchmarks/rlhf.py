@@ -10,26 +10,18 @@ matched KL": both methods' accuracies are read off, on straight lines between th
 one that moved less ended. Every run has a process of its own, so that its peak memory is its own.
 """
 
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import pairwise
-from multiprocessing import get_context
 from statistics import mean
 from typing import Any
 
-from rlnb import evaluate, models, problems, recipes, training
+from rlnb import compare, evaluate, models, recipes, training
 from tests.benchmarks import learning
 from tests.benchmarks.learning import over_seeds
 
 OUT = learning.RESULTS / "rlhf.csv"
 ARMS = {"PPO": training.ppo, "RLOO": training.rloo}
 EVERY = 10  # steps between two points
-
-
-def measure(arm: str, seed: int) -> list[dict]:
-    """The rows of one run, made in a new process."""
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        return pool.submit(run_rows, arm, seed).result()
 
 
 def run_rows(arm: str, seed: int) -> list[dict]:
@@ -61,11 +53,7 @@ def point(arm: str, seed: int, step: int, adapter: Any, start: Any) -> dict:
     found = {"arm": arm, "seed": seed, "step": step, "strict": strict.k, "n": strict.n}
     if step == 0:
         return found | {"kl": 0.0, "kl_error": 0.0}
-    reference, _ = models.load_model(recipes.model_name(), lora=start.adapter)
-    moved = evaluate.kl(
-        model, tokenizer, [problems.prompt(p, recipes.system()) for p in held_out],
-        reference=reference, max_new_tokens=recipe.max_new_tokens, seed=seed,
-    )  # fmt: skip
+    moved = compare.moved_from(start, model, tokenizer, held_out, seed)
     return found | {"kl": round(moved.mean, 4), "kl_error": round(moved.error, 4)}
 
 
@@ -118,4 +106,4 @@ def along_the_way(runs: dict[str, dict[int, list[dict]]]) -> str:
 
 
 if __name__ == "__main__":
-    print(tables(learning.carry_out(__doc__, OUT, ARMS, measure)))
+    print(tables(learning.carry_out(__doc__, OUT, ARMS, partial(compare.in_own_process, run_rows))))
