@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--profile", choices=PROFILES, help="default: gpu if there is one, else cpu")
     run.add_argument("--out", type=Path, default=ROOT / "html", help="default: html")
     run.add_argument("--write", action="store_true", help="store the outputs in the notebooks")
+    run.add_argument(
+        "--jobs", type=int, help="notebooks at a time, a core each; default: 2 if there are the cores"
+    )
 
     command("lab", _lab, "open JupyterLab; it gets the arguments that follow")
 
@@ -75,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = command("compare", _compare, "all methods over seeds: writes data/results/methods.csv")
     compare.add_argument("--seeds", type=int, default=5)
     compare.add_argument("--only", nargs="+", metavar="METHOD", help="like 'SFT, DPO'; default: all")
+    compare.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each; default: 2")
     compare.add_argument("--resume", action="store_true", help="keep the rows that are there")
 
     command("pretrain", _pretrain, "build the practice model from nothing", add_help=False)
@@ -96,7 +100,8 @@ def _setup(arguments, rest) -> int:
 def _run(arguments, rest) -> int:
     from rlnb import execute
 
-    return execute.main(arguments.names, out=arguments.out, write=arguments.write)
+    jobs = arguments.jobs or execute.usual_jobs(arguments.names, arguments.write)
+    return execute.main(arguments.names, out=arguments.out, write=arguments.write, jobs=jobs)
 
 
 def _lab(arguments, rest) -> int:

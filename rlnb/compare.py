@@ -1,44 +1,43 @@
 """All methods on one model, one task and one held-out measure. Notebook 09 shows what comes out.
 
-    python -m rlnb compare                 # five seeds; about an hour and a half on two cores
+    python -m rlnb compare                 # five seeds; about an hour on two cores
     python -m rlnb compare --resume        # go on after an interruption
-    python -m rlnb compare --only DPO KTO --seeds 3
+    python -m rlnb compare --only "SFT, DPO" "SFT, KTO" --seeds 3
 
 One row per run in data/results/methods.csv: strict accuracy of greedy answers on each split, length of
-the answers, KL from the SFT model of the same seed, and what it cost. Every run has a process of its
-own, so that its peak of memory is its own.
+the answers, KL from the SFT model of the same seed, and what it cost. Every run has a process and a
+core of its own: its memory is its own, and what it learns is not changed by how many cores add up.
 """
 
 import argparse
-import csv
+import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median
 from typing import Any
 
-from rlnb import evaluate, files, models, problems, recipes, reward_models, runs, sampling, training
+from rlnb import datasets, evaluate, files, grid, models, plots, problems, recipes
+from rlnb import reward_models, runs, sampling, training
+from rlnb.grid import over_seeds
 
 OUT = problems.DATA.parent / "results" / "methods.csv"
 SPLITS = {"id": 500, "templates": 250, "larger": 250, "deeper": 250, "rule": 250}  # problems of each
 BEST_OF = 8
-# Student's t, two-sided 95 %, by the number of values.
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 @dataclass(frozen=True)
 class Arm:
     """A way to teach the model. needs: what somebody has to have made before. train: its run of a
-    seed; None where nothing is trained (best of n).
+    seed; None where nothing is trained. recipe: the name of its settings, where they are the usual.
     """
 
     needs: str
     train: Callable[[int], runs.Run] | None = None
+    recipe: str | None = None
     judged: bool = False  # by the reward model, whose labels it uses
 
 
@@ -46,17 +45,59 @@ def _from_sft(method: str) -> Callable[[int], runs.Run]:
     return lambda seed: training.METHODS[method](seed, start=training.find_or_train_sft(seed))
 
 
+def sft_on_all(seed: int) -> runs.Run:
+    """SFT on the problems that GRPO asks, solved, and on as many sequences as GRPO samples."""
+    grpo, tasks = recipes.recipe("grpo"), problems.load("train")
+    steps = grpo.steps * grpo.batch // recipes.recipe("sft").batch
+    return training.sft(
+        seed, recipes.recipe("sft", steps=steps, demonstrations=len(tasks)),
+        data=datasets.prompt_completion(tasks, recipes.system()),
+    )  # fmt: skip
+
+
+def sft_on_chosen(seed: int) -> runs.Run:
+    """SFT on the chosen sides of the pairs that ORPO gets, as many steps from the base."""
+    recipe = recipes.recipe("orpo")
+    pairs = training._some(None, recipe, seed)
+    return training.sft(
+        seed, recipes.recipe("sft", steps=recipe.steps, demonstrations=len(pairs)),
+        data=pairs.remove_columns("rejected").rename_column("chosen", "completion"),
+    )  # fmt: skip
+
+
+BEST = f"SFT, best of {BEST_OF}"
 ARMS = {
-    "SFT": Arm("worked examples", training.find_or_train_sft),
-    f"SFT, best of {BEST_OF}": Arm("a reward model, at every answer", judged=True),
-    "SFT, PPO": Arm("a reward model", _from_sft("ppo"), judged=True),
-    "SFT, RLOO": Arm("a reward model", _from_sft("rloo"), judged=True),
-    "SFT, DPO": Arm("pairs of own answers", _from_sft("dpo")),
-    "SFT, KTO": Arm("own answers, good or bad", _from_sft("kto")),
-    "ORPO from base": Arm("pairs of answers", partial(training.orpo, start="base")),
-    "SFT, GRPO": Arm("a checker", _from_sft("grpo")),
-    "GRPO from base": Arm("a checker", partial(training.grpo, start="base")),
+    "base": Arm("nothing"),
+    "SFT": Arm("worked examples", training.find_or_train_sft, "sft"),
+    "SFT on all": Arm("worked examples of everything", sft_on_all),
+    "SFT on chosen": Arm("good answers", sft_on_chosen),
+    "ORPO from base": Arm("pairs of answers", partial(training.orpo, start="base"), "orpo"),
+    "SFT, DPO": Arm("pairs of own answers", _from_sft("dpo"), "dpo"),
+    "SFT, KTO": Arm("own answers, good or bad", _from_sft("kto"), "kto"),
+    BEST: Arm("a reward model, at every answer", judged=True),
+    "SFT, PPO": Arm("a reward model", _from_sft("ppo"), "ppo", judged=True),
+    "SFT, RLOO": Arm("a reward model", _from_sft("rloo"), "rloo", judged=True),
+    "SFT, GRPO": Arm("a checker", _from_sft("grpo"), "grpo"),
+    "GRPO from base": Arm("a checker", partial(training.grpo, start="base"), "grpo_from_base"),
 }
+
+
+def made(arm: str, seed: int = 0) -> runs.Run | None:
+    """The latest run of the registry that is this arm's, with the usual settings, its adapter and its
+    result; None if there is none, or the arm has no settings of its own.
+    """
+    if not ARMS[arm].recipe:
+        return None
+    recipe, sft = recipes.recipe(ARMS[arm].recipe), runs.jsonable(recipes.recipe("sft"))
+    for run in runs.find(
+        method=recipe.method, model=recipes.model_name(), profile=recipes.profile(), seed=seed,
+        status="done", config=recipe,
+    ):  # fmt: skip
+        start = next((r.config for r in runs.find(id=run.parent)), {}) if run.parent else None
+        whole = run.adapter.is_dir() and "strict" in run.result
+        if whole and start == (sft if arm.startswith("SFT, ") else None):
+            return run
+    return None
 
 
 # --- one row -------------------------------------------------------------------------------------
@@ -69,8 +110,10 @@ def row(arm: str, seed: int, run: runs.Run | None = None) -> dict[str, Any]:
     if ARMS[arm].judged:
         found["labels"] = len(training.gold_pairs(seed=seed, how="all"))
     sft = training.find_or_train_sft(seed)
-    model, tokenizer = models.load_model(recipes.model_name(), lora=(run or sft).adapter)
-    found |= policy_figures(model, tokenizer, sft) if run else best_of_figures(model, tokenizer, seed)
+    adapter = models.LoRA() if arm == "base" else (run or sft).adapter  # a new one changes nothing
+    model, tokenizer = models.load_model(recipes.model_name(), lora=adapter)
+    best = arm == BEST
+    found |= best_of_figures(model, tokenizer, seed) if best else policy_figures(model, tokenizer, sft)
     seconds = run.train_seconds if run else 0.0
     memory = run.peak_gpu_memory_mb or run.peak_memory_mb if run else 0.0
     return found | {"train_seconds": round(seconds, 1), "peak_memory_mb": round(memory)}
@@ -141,62 +184,17 @@ def counts(splits: Sequence[str], strict: Sequence[bool]) -> dict[str, int]:
     return found
 
 
-# --- all rows ------------------------------------------------------------------------------------
-
-
-def carry_out(seeds: int, arms: Iterable[str], out: Path = OUT, resume: bool = False) -> list[dict]:
-    """A row for each arm and seed; ``out`` has every row as soon as it is there."""
-    rows = read(out) if resume and out.is_file() else []
-    there = {(r["arm"], r["seed"]) for r in rows}
-    for seed in range(seeds):
-        for arm in (arm for arm in arms if (arm, seed) not in there):
-            rows.append(in_own_process(row, arm, seed))
-            files.write(out, text(rows))
-            print(f"seed {seed}  {arm:16} strict {100 * share(rows[-1]):.1f} %", flush=True)
-    return rows
-
-
-def in_own_process(measure: Callable[[str, int], Any], arm: str, seed: int) -> Any:
-    """What `measure` returns in a new process, whose peak of memory is that of this run alone."""
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        return pool.submit(measure, arm, seed).result()
-
-
-def text(rows: Sequence[dict]) -> str:
-    """The rows as CSV."""
-    found = io.StringIO()
-    writer = csv.DictWriter(found, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return found.getvalue()
-
-
-def read(path: Path = OUT) -> list[dict[str, Any]]:
-    """The rows of a table, its numbers as numbers."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{name: _value(cell) for name, cell in r.items()} for r in csv.DictReader(file)]
-
-
-def _value(cell: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(cell)
-        except ValueError:
-            pass
-    return cell
-
-
 # --- what the rows say ---------------------------------------------------------------------------
 
 
-def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean and its 95 % interval (Student's t), which a single seed does not have.
+def read(path: Path = OUT) -> list[dict[str, Any]]:
+    """The rows that ship, or others."""
+    return grid.read(path)
 
-    Raises KeyError for more than ten values.
-    """
-    middle = fmean(values)
-    half = T_95[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return middle, middle - half, middle + half
+
+def _arms(rows: Sequence[dict]) -> list[str]:
+    """Those that have rows, in their order."""
+    return [arm for arm in ARMS if any(r["arm"] == arm for r in rows)]
 
 
 def share(row: dict, split: str = "id") -> float:
@@ -207,6 +205,29 @@ def strict(rows: Sequence[dict], arm: str, split: str = "id") -> evaluate.Estima
     """Strict accuracy of an arm on a split."""
     mean, low, high = over_seeds([share(r, split) for r in rows if r["arm"] == arm])
     return evaluate.Estimate(mean, max(0.0, low), min(1.0, high))
+
+
+def expected(rows: Sequence[dict], arm: str, split: str = "id") -> evaluate.Estimate:
+    """Where one more seed falls, 95 times of 100: wider than the interval of the mean."""
+    shares = [share(r, split) for r in rows if r["arm"] == arm]
+    mean, low, high = over_seeds(shares)
+    wider = (len(shares) + 1) ** 0.5
+    return evaluate.Estimate(
+        mean, max(0.0, mean - (mean - low) * wider), min(1.0, mean + (high - mean) * wider)
+    )
+
+
+def points(rows: Sequence[dict], column: str) -> dict[str, tuple[float, evaluate.Estimate]]:
+    """Of each arm the median of a column, and strict accuracy in percent: for ``plots.frontier``. Without
+    the base, and without those that have 0 there where others have seconds or labels.
+    """
+    found = {}
+    for arm in (arm for arm in _arms(rows) if arm != "base"):
+        x = median(r[column] for r in rows if r["arm"] == arm)
+        y = over_seeds([100 * share(r) for r in rows if r["arm"] == arm])
+        if x or column == "kl":
+            found[arm] = (x, evaluate.Estimate(*y))
+    return found
 
 
 @dataclass(frozen=True)
@@ -231,21 +252,22 @@ class Gain:
 
 def gain(rows: Sequence[dict], arm: str, over: str = "SFT", split: str = "id") -> Gain:
     """How far an arm is above another one, seed by seed."""
-    two = ({r["seed"]: share(r, split) for r in rows if r["arm"] == name} for name in (arm, over))
-    mine, theirs = two
+    mine, theirs = (
+        {r["seed"]: share(r, split) for r in rows if r["arm"] == name} for name in (arm, over)
+    )
     both = sorted(mine.keys() & theirs.keys())
     return Gain(*over_seeds([100 * (mine[seed] - theirs[seed]) for seed in both]))
 
 
 def table(rows: Sequence[dict]) -> str:
-    """The table of the README: means over seeds with their intervals, the slowest run's seconds."""
+    """The table of the README: means over seeds with their intervals, KL and seconds of the middle run."""
     lines = ["| | strict, held out | gain over SFT | KL from SFT | labels | training | needs |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for arm in (arm for arm in ARMS if any(r["arm"] == arm for r in rows)):
+    for arm in _arms(rows):
         mine = [r for r in rows if r["arm"] == arm]
         above = "" if arm == "SFT" else gain(rows, arm)
-        seconds = max(r["train_seconds"] for r in mine)
-        moved = fmean(r["kl"] for r in mine)
+        seconds = median(r["train_seconds"] for r in mine)
+        moved = median(r["kl"] for r in mine)  # one seed of five may go far away
         lines.append(
             f"| {arm} | {strict(rows, arm)} | {above} | {moved:.2f} | {mine[0]['labels']:,} "
             f"| {seconds:.0f} s | {ARMS[arm].needs} |"
@@ -253,11 +275,40 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def by_split(rows: Sequence[dict]) -> str:
+    """A table of strict accuracy on each of the held-out sets, as mean and half of its interval."""
+    lines = ["| | " + " | ".join(f"`{split}`" for split in SPLITS) + " |", "|---|" + "---|" * len(SPLITS)]
+    for arm in _arms(rows):
+        means = [over_seeds([100 * share(r, s) for r in rows if r["arm"] == arm]) for s in SPLITS]
+        cells = " | ".join(f"{mean:.1f} ± {high - mean:.1f}" for mean, _, high in means)
+        lines.append(f"| {arm} | {cells} |")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[dict], file: Path) -> None:
+    """The picture of the README; it carries the digest of its rows, which a test compares."""
+    figure = plots.frontier(
+        points(rows, "kl"), xlabel="KL from the SFT model (nats per completion)",
+        ylabel="strict accuracy on held-out problems (%)",
+    )  # fmt: skip
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, bbox_inches="tight", metadata={"Comment": digest(rows)})
+    files.write(file, picture.getvalue())
+
+
+def digest(rows: Sequence[dict]) -> str:
+    return hashlib.sha256(grid.text(rows).encode()).hexdigest()
+
+
 def main(arguments: argparse.Namespace) -> int:
     """python -m rlnb compare"""
     if unknown := [arm for arm in arguments.only or [] if arm not in ARMS]:
-        raise SystemExit(f"no method {unknown[0]!r}; there are {', '.join(ARMS)}.")
+        raise SystemExit(f"no method {unknown[0]!r}; there are {', '.join(map(repr, ARMS))}.")
     os.environ["RLNB_PROFILE"] = "cpu"
-    rows = carry_out(arguments.seeds, arguments.only or ARMS, resume=arguments.resume)
-    print(table(rows))
+    rows = grid.carry_out(
+        row, arguments.only or ARMS, arguments.seeds, OUT, resume=arguments.resume,
+        jobs=arguments.jobs, first="SFT", say=lambda r: f"seed {r['seed']}, {r['arm']}, {strict([r], r['arm'])}",
+    )  # fmt: skip
+    draw(rows, OUT.with_suffix(".png"))
+    print(f"{table(rows)}\n\n{by_split(rows)}")
     return 0

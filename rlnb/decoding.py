@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from rlnb import attention
+
 if TYPE_CHECKING:
     import torch
     from transformers import Cache
@@ -194,9 +196,7 @@ def view(model: Any) -> Any:
         for name, parameter in list(base.named_parameters(recurse=False)):
             setattr(base, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))
         layer.merge()
-    inner = copied.get_base_model() if hasattr(copied, "get_base_model") else copied
-    if inner.config._attn_implementation == "sdpa":
-        inner.set_attn_implementation(_register_attention())
+    attention.use(copied)
     return copied
 
 
@@ -207,33 +207,3 @@ def lora_layers(model: Any) -> list[Any]:
     from peft.tuners.lora import Linear
 
     return [module for module in model.modules() if isinstance(module, Linear)]
-
-
-@functools.cache
-def _register_attention() -> str:
-    """An attention for transformers' models, under the name returned.
-
-    Grouped query heads share a key-value head (arXiv 2305.13245), and where there is padding "sdpa"
-    copies the whole cache for each of them at every token. With one new token per row the heads of
-    a group can be the queries of one attention instead.
-    """
-    import torch
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    def attention(module, query, key, value, attention_mask, scaling=None, **rest):
-        rows, heads, new, size = query.shape
-        if new > 1 or heads == key.shape[1] or rest.get("position_bias") is not None:
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, scaling=scaling, **rest
-            )
-        query = query.reshape(rows, key.shape[1], -1, size)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=scaling
-        )
-        return out.reshape(rows, 1, heads, -1), None
-
-    AttentionInterface.register("rlnb", attention)
-    AttentionMaskInterface.register("rlnb", sdpa_mask)
-    return "rlnb"

@@ -10,13 +10,13 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
 
-from rlnb import files, runs
+from rlnb import files, processes, runs
 from rlnb.bootstrap import ROOT, show_line
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -39,25 +39,37 @@ class Outcome:
     measured: str = ""
 
 
-def main(names: list[str], *, out: Path, write: bool = False) -> int:
+def main(names: list[str], *, out: Path, write: bool = False, jobs: int = 1) -> int:
     """Executes notebooks, all if none is named. Returns 1 if one of them failed, else 0.
 
     out: the folder for the HTML copies. write: also store the outputs in the notebooks, cleaned.
+    jobs: how many at a time; if more than one, each has one core.
     Ctrl-C interrupts the cell, sums up what is done and goes on as KeyboardInterrupt.
     """
     paths, outcomes = find(names), []
     began = time.monotonic()
     try:
-        for path in paths:
-            outcome = carry_out(path, out.absolute(), write)
+        for outcome in carry_out_all(paths, out.absolute(), write, jobs):
             outcomes.append(outcome)
             verdict = outcome.failure or "ok"
             print(f"{outcome.name}: {outcome.seconds:.1f} s, {verdict}", flush=True)
     finally:
         if outcomes:
+            outcomes.sort(key=lambda outcome: outcome.name)
             total = f"{len(outcomes)} of {len(paths)} in {time.monotonic() - began:.0f} s"
+            total += f", {jobs} at a time, a core each" if jobs > 1 else ""
             print(f"{summary(outcomes)}\n{total}", flush=True)
     return int(any(outcome.failure for outcome in outcomes))
+
+
+def usual_jobs(names: list[str], write: bool) -> int:
+    """2 where there are as many cores, but 1 for one notebook, for outputs that tell how long a run
+    took with the whole machine, and for a GPU, which they would share.
+    """
+    from rlnb import recipes
+
+    alone = len(names) == 1 or write or recipes.profile() == "gpu"
+    return 1 if alone or (os.cpu_count() or 1) < 2 else 2
 
 
 def find(names: list[str]) -> list[Path]:
@@ -74,6 +86,28 @@ def find(names: list[str]) -> list[Path]:
             raise SystemExit(f"no notebook {name}; there are: {', '.join(p.stem for p in known)}")
         found.append(path.absolute())
     return found or known
+
+
+def carry_out_all(paths: list[Path], out: Path, write: bool, jobs: int) -> Iterator[Outcome]:
+    """The outcome of each notebook, as soon as it is there."""
+    if jobs == 1:
+        yield from (carry_out(path, out, write) for path in paths)
+        return
+    paths = sorted(paths, key=promised, reverse=True)  # a long one at the end would go on alone
+    found: list[Outcome] = []
+    with _clock(lambda: f"{len(found)} of {len(paths)} notebooks done"):
+        for outcome in processes.side_by_side(carry_out, [(p, out, write) for p in paths], jobs):
+            found.append(outcome)
+            show_line("")
+            yield outcome
+
+
+def promised(path: Path) -> int:
+    """Minutes on two cores, as the table at a notebook's head says in words; 1 if it does not."""
+    with suppress(OSError, UnicodeError):
+        if said := re.search(r"this notebook \| about (\w+) minutes", path.read_text("utf-8")):
+            return {"two": 2, "three": 3, "four": 4, "five": 5}.get(said[1], 1)
+    return 1
 
 
 def carry_out(path: Path, out: Path, write: bool) -> Outcome:
@@ -116,7 +150,7 @@ class Execution:
 
         client = self._client()
         stopped = (CellExecutionError, RuntimeError, asyncio.CancelledError)
-        with _signals_restored(), self._clock():
+        with _signals_restored(), _clock(self._where):
             try:
                 client.execute(cwd=str(self.folder), env=self._environment(), cleanup_kc=True)
             except stopped as error:  # RuntimeError: the kernel died
@@ -178,24 +212,8 @@ class Execution:
             raise RuntimeError("interrupted before this cell")
         self.number += 1
 
-    @contextmanager
-    def _clock(self) -> Iterator[None]:
-        """Shows each second where the execution is."""
-        done, began = threading.Event(), time.monotonic()
-
-        def tick() -> None:
-            while not done.wait(1):
-                seconds = time.monotonic() - began
-                show_line(f"{self.name}: cell {self.number}/{len(self.cells)}, {seconds:.0f} s")
-
-        thread = threading.Thread(target=tick, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-            show_line("")
+    def _where(self) -> str:
+        return f"{self.name}: cell {self.number}/{len(self.cells)}"
 
     def _describe(self, error: BaseException) -> str:
         what = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
@@ -204,6 +222,25 @@ class Execution:
         lines = self.cells[self.number - 1].source.splitlines()
         shown = indent("\n".join([*lines[:5], *["..."] * (len(lines) > 5)]), "    ")
         return f"FAILED in cell {self.number} of {len(self.cells)}\n{shown}\n  {what}"
+
+
+@contextmanager
+def _clock(where: Callable[[], str]) -> Iterator[None]:
+    """Shows each second where the execution is."""
+    done, began = threading.Event(), time.monotonic()
+
+    def tick() -> None:
+        while not done.wait(1):
+            show_line(f"{where()}, {time.monotonic() - began:.0f} s")
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        show_line("")
 
 
 @contextmanager

@@ -7,7 +7,6 @@ other. Step times grow with the batch and, a little, with the rank; a change of 
 for a new trial.
 """
 
-import ctypes
 import functools
 import gc
 import inspect
@@ -16,7 +15,6 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -256,10 +254,6 @@ def trial(
 def tidy() -> None:
     """Give back what a run has left: objects in circles, and freed memory that glibc holds."""
     gc.collect()
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # a C library without it
-            ctypes.CDLL(None).malloc_trim(0)
+    machine.trim()
     if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-

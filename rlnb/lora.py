@@ -243,7 +243,7 @@ def suggest_rank(
     return Suggestion(
         rank,
         f"the usual range for {role} is {usual[0]}-{usual[1]}{capped}. This is a convention, not a "
-        "finding: notebook 10 tests it",
+        "finding",
     )
 
 

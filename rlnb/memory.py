@@ -5,7 +5,6 @@ run on one.
 """
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlnb import machine
+from rlnb import attention, machine
 from rlnb.folders import resolve
 from rlnb.lora import LoRA, skeleton, target_layers, vllm_rank, whole
 
@@ -67,6 +66,7 @@ def predict(
     autocast: bool = True,
     checkpointing: bool = False,
     max_lora_rank: int = 64,
+    fused: bool | None = None,
 ) -> Prediction:
     """The memory that training takes, for a decoder of Llama's kind. No weights are read.
 
@@ -75,6 +75,7 @@ def predict(
     dtype: of the weights. autocast: matrix products in bfloat16, as the recipes train (bf16=True).
     checkpointing: keep each layer's input alone, and compute the rest again in the backward pass.
     max_lora_rank: for vLLM, which takes the next of its own ranks.
+    fused: attention that keeps no weights; default: on a GPU, and where rlnb.attention is.
 
     The optimizer is torch's Adam: two numbers for each trainable parameter, in its type.
     Raises ValueError for a value out of range and for a config of no causal LM.
@@ -94,8 +95,16 @@ def predict(
     autocast = autocast and dtype == "float32"
     casts = 2 * sum(a * b for a, b in engine.values()) if autocast else 0
     tokens, rank = batch * length, lora.rank if lora else 0
-    kept = activations(config, rank * len(layers), autocast, checkpointing)
-    kept = kept * BYTES[dtype] // 4
+    heads = getattr(config, "num_attention_heads", 0)
+    if fused is None:
+        import torch
+
+        low = autocast or dtype != "float32"
+        plain = attention.is_plain(batch, heads, length, length, low)
+        fused = torch.cuda.is_available() or not plain
+    kept = activations(config, rank * len(layers), autocast, checkpointing) * BYTES[dtype] // 4
+    if not fused:  # the softmax in float32, and in 16 bits
+        kept += (1 if checkpointing else config.num_hidden_layers) * heads * length * 6
     return Prediction(
         parameters=total + added,
         trainable=trainable,
@@ -203,9 +212,7 @@ def measured() -> Iterator[Measured]:
     """
     found = Measured()
     gc.collect()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # else freed memory is used again, and nothing grows
+    machine.trim()  # else freed memory is used again, and nothing grows
     cuda = getattr(sys.modules.get("torch"), "cuda", None)
     on_gpu = cuda is not None and cuda.is_initialized()
     machine.reset_peak_memory()

@@ -18,7 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import live
+from rlnb import attention, live
 from rlnb.folders import (
     DATA, base_name, check_fits, load_weights, read_saved, resolve, save_adapter, saved_rank,
     warn_of_another_base,
@@ -47,6 +47,10 @@ for _name, _value in {
     "TQDM_DELAY": "2",  # seconds: what is done before, such as tokenizing some rows, shows no bar
     # Unsloth's chunked loss for a CPU drops TRL's entropy and token accuracy from SFT's log.
     "UNSLOTH_CPU_CHUNKED_CE": "0",
+    # On a CPU torch keeps a kernel for each new shape, by default 1,024 of them. Batches of text bring
+    # new shapes at every step, and a run would hold ever more memory: with runs.TRIM, half as much.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
+    "LRU_CACHE_CAPACITY": "32",
 }.items():
     os.environ.setdefault(_name, _value)
 
@@ -139,6 +143,7 @@ def load_model(
         if saved:
             load_weights(model, saved, "default", trainable=True)
     spare_casts(model)
+    attention.use(model)
     _check_trainable(model, adapter is not None)
     _set_padding(model, tokenizer)
     _report(model, base, kind, lora, rank)

@@ -189,6 +189,8 @@ def lines(
         mean, low, high = ([(100 if percent else 1) * v for v in c] for c in zip(*ys, strict=True))
         ax.plot(xs, mean, "o-", color=colour, markersize=4)
         ax.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+        if len(xs) == 1:  # a band has no width there
+            ax.plot(xs * 2, low + high, color=colour, alpha=0.6)
     if logx:
         ticks = sorted({x for points in series.values() for x, _ in points})
         ax.set_xscale("log")

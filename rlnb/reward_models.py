@@ -16,7 +16,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from rlnb import models
+from rlnb import attention, models
 from rlnb.evaluate import Proportion
 from rlnb.models import LoRA
 
@@ -43,6 +43,7 @@ def load(
         model = AutoModelForSequenceClassification.from_pretrained(
             base, num_labels=1, dtype=torch.float32, pad_token_id=tokenizer.pad_token_id
         ).to("cuda" if torch.cuda.is_available() else "cpu")
+    attention.use(model)
     if not isinstance(lora, LoRA):
         model = PeftModel.from_pretrained(model, str(lora)).eval()
         models.spare_casts(model)

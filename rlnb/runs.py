@@ -30,6 +30,7 @@ from rlnb.values import Table, fits_a_cell, jsonable, number, read_rows
 SCHEMA = 1  # of run.json; a reader skips what it does not know
 COLUMNS = ("id", "method", "model", "status", "seed", "labels", "seconds", "train_seconds",
            "peak_memory_mb")  # fmt: skip
+TRIM = 0.5  # seconds: how often at most a training gives freed memory back
 ASKED = ("seed", "model", "profile", "parent", "labels")  # settings beside the config
 
 
@@ -118,17 +119,23 @@ class Run:
             self._save()
 
     def callback(self):
-        """A transformers TrainerCallback that puts the numbers of each log into the curve, and has
-        the adapter saved if the run is interrupted.
+        """A transformers TrainerCallback that puts the numbers of each log into the curve, has the
+        adapter saved if the run is interrupted, and gives freed memory back between steps.
         """
         from transformers import TrainerCallback
 
-        run = self
+        run, trimmed = self, time.perf_counter()
 
         class Curve(TrainerCallback):
             def on_train_begin(self, args, state, control, model=None, **kwargs):
                 if state.is_world_process_zero:
                     run._training = model
+
+            def on_step_end(self, args, state, control, **kwargs):
+                nonlocal trimmed
+                if time.perf_counter() - trimmed > TRIM:
+                    machine.trim()
+                    trimmed = time.perf_counter()
 
             def on_log(self, args, state, control, logs=None, **kwargs):
                 if state.is_world_process_zero:
@@ -207,7 +214,7 @@ def start(
     both go on. An interrupted training with `callback` keeps its adapter. `config` is a mapping or a
     dataclass. `notebook` is this one's name by default, `profile` the one in force. Raises ValueError
     for a method that makes no folder name, TypeError for a config of another type. Of several
-    processes of one training, only the first starts a run.
+    processes of one training (torchrun, accelerate) the first alone is in the registry.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", method):
         raise ValueError(f"method is {method!r}: use letters, digits, '-' and '_' only.")
@@ -264,6 +271,8 @@ def _create(method: str, **asked: Any) -> Run:
     now = datetime.now(UTC)
     name = f"{now:%Y%m%d-%H%M%S}-{method}"
     place = _PLACE.get() or root()
+    if int(os.environ.get("RANK", "0")):
+        place /= ".others"
     folder = place / f".{name}.{os.urandom(4).hex()}"
     folder.mkdir(parents=True)
     run = Run(name, folder, method, now.isoformat(), **asked)

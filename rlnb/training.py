@@ -333,7 +333,9 @@ def main(arguments: argparse.Namespace) -> int:
     options = {"start": arguments.start} if arguments.start else {}
     if options and arguments.method not in FROM_ANYWHERE:
         raise SystemExit(f"{arguments.method} starts from the base: leave --from out.")
-    print(runs.table([METHODS[arguments.method](arguments.seed, **options)]))
+    run = METHODS[arguments.method](arguments.seed, **options)
+    if run.folder.parent == runs.root():  # else another process tells it
+        print(runs.table([run]))
     return 0
 
 

@@ -77,6 +77,37 @@ def test_a_failure_is_named_and_does_not_stop_the_rest(tmp_path, out, capsys):
     assert nbformat.read(good, as_version=4).cells[1].execution_count == 1
 
 
+def test_two_at_a_time(tmp_path, out, capsys):
+    """Each waits for the other, so both are under way at once; a third fails, and stops neither."""
+    meet = (
+        "import os, pathlib, time\nprint(os.environ['OMP_NUM_THREADS'])\n"
+        "pathlib.Path('{}').touch()\nwhile not pathlib.Path('{}').exists():\n    time.sleep(0.1)"
+    )
+    paths = [
+        write(tmp_path, "one", meet.format("a", "b")),
+        write(tmp_path, "two", meet.format("b", "a")),
+        write(tmp_path, "wrong", "1 / 0"),
+    ]
+    assert execute.main([str(path) for path in paths], out=out, write=True, jobs=2) == 1
+    printed = capsys.readouterr().out
+    assert "wrong: " in printed and "ZeroDivisionError" in printed
+    assert re.search(r"^3 of 3 in \d+ s, 2 at a time, a core each$", printed, re.MULTILINE)
+    table = printed[printed.index("notebook  seconds") :].splitlines()
+    assert [line.split()[0] for line in table[1:4]] == ["one", "two", "wrong"]
+    assert nbformat.read(paths[0], as_version=4).cells[1].outputs[0].text == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("names", "write", "profile", "cores", "jobs"),
+    [([], False, "cpu", 2, 2), (["a"], False, "cpu", 8, 1), ([], True, "cpu", 8, 1),
+     ([], False, "gpu", 8, 1), (["a", "b"], False, "smoke", 1, 1)],
+)  # fmt: skip
+def test_how_many_at_a_time(names, write, profile, cores, jobs, monkeypatch):
+    monkeypatch.setenv("RLNB_PROFILE", profile)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert execute.usual_jobs(names, write) == jobs
+
+
 def test_a_kernel_that_dies_is_a_failure(tmp_path, out, capsys, monkeypatch):
     path = write(tmp_path, "dies", "import os; os._exit(1)")
     assert execute.main([str(path)], out=out) == 1
@@ -99,17 +130,19 @@ def test_what_is_no_notebook_is_named_and_does_not_stop_the_rest(tmp_path, out, 
     assert [path.name for path in out.iterdir()] == ["good.html"]
 
 
-SLEEP = "time.sleep(600)"
+SLEEP = "import time\ntime.sleep(600)"
 CAUGHT = "try:\n    time.sleep(600)\nexcept KeyboardInterrupt: pass"
 
 
+@pytest.mark.parametrize("jobs", "12")
 @pytest.mark.parametrize(
     ("signals", "wait"), [(1, SLEEP), (1, CAUGHT), (2, f"while True:\n{indent(CAUGHT, '  ')}")]
 )
-def test_ctrl_c_ends_the_cell_and_the_kernel(tmp_path, out, signals, wait):
+def test_ctrl_c_ends_the_cell_and_the_kernel(tmp_path, out, signals, wait, jobs):
     first = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\n"
-    path = write(tmp_path, "long", first + wait, "time.sleep(600)")
-    command = [sys.executable, "-m", "rlnb", "run", str(path), "--out", str(out)]
+    paths = [write(tmp_path, "long", first + wait, "time.sleep(600)"), write(tmp_path, "next", SLEEP)]
+    command = [sys.executable, "-m", "rlnb", "run", *map(str, paths), "--out", str(out)]
+    command += ["--jobs", jobs]
     process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=subprocess.STDOUT, text=True)
     pid = tmp_path / "pid"
     while not (pid.exists() and pid.read_text()):
@@ -125,9 +158,11 @@ def test_ctrl_c_ends_the_cell_and_the_kernel(tmp_path, out, signals, wait):
     assert not out.exists()
 
 
-def test_ctrl_c_while_a_kernel_starts_ends_both(tmp_path, out):
+@pytest.mark.parametrize("jobs", "12")
+def test_ctrl_c_while_a_kernel_starts_ends_both(tmp_path, out, jobs):
     paths = [write(tmp_path, name, "1") for name in ("one", "two")]
     command = [sys.executable, "-m", "rlnb", "run", *map(str, paths), "--out", str(out)]
+    command += ["--jobs", jobs]
     process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=subprocess.STDOUT, text=True)
     while not (started := psutil.Process(process.pid).children()):
         assert process.poll() is None
@@ -136,7 +171,8 @@ def test_ctrl_c_while_a_kernel_starts_ends_both(tmp_path, out):
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 130 and printed.endswith("Interrupted.\n")
     assert "FAILED" not in printed and "Traceback" not in printed
-    assert not any(kernel.is_running() for kernel in started) and not out.exists()
+    _, alive = psutil.wait_procs(started, timeout=20)  # what counts semaphores ends after us
+    assert alive == [] and not out.exists()
 
 
 def test_names_are_found_and_a_wrong_one_is_told(tmp_path, monkeypatch):

@@ -252,22 +252,6 @@ def test_padding_early_ends_and_truncation_leave_log_probs_as_they_are(kind):
     assert batch.finished.tolist() == [True, True, False, False, False]
 
 
-@pytest.mark.parametrize("kind", ("llama", "gpt2", "mistral"))
-def test_the_attention_that_is_quick_is_the_same_attention(kind, monkeypatch):
-    model, ids = of_make(kind), torch.randint(2, 119, (3, 40))
-    predicts = torch.zeros(3, 40, dtype=torch.bool)
-    predicts[:, 9:-1] = True
-    found, calls = [], []
-    for at_once in (0, 2**24):
-        monkeypatch.setattr(ppo_model, "ATTENTION_AT_ONCE", at_once)
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            with ppo_model.quick_attention(model, ids):
-                calls.append(model.config._attn_implementation)
-            found.append(ppo_model.ActorCritic(model)(ids, predicts)[0])
-    assert calls == ["sdpa", "eager"] and model.config._attn_implementation == "sdpa"
-    torch.testing.assert_close(*found, rtol=0.05, atol=0.1)  # bfloat16
-
-
 def test_log_probs_are_those_of_the_left_padded_sampler(base):
     """Greedy decoding pads on the left; the most likely token must be so here as well."""
     from rlnb import sampling

@@ -2,32 +2,36 @@
 
 import csv
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from rlnb import compare
+from rlnb import compare, decoding, grid, lora, recipes
+from rlnb.__main__ import _parser
 from rlnb.bootstrap import ROOT
-from tests.benchmarks import learning, ppo_trl, preferences, rlhf
+from tests.benchmarks import judge, ppo_trl, rlhf
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_table_of_results_follows_from_the_rows():
-    rows = compare.read(learning.OUT)
-    assert {row["seed"] for row in rows} == {0, 1, 2}
-    assert learning.table(rows) in README
+@pytest.mark.parametrize("table", [compare.table, compare.by_split])
+def test_the_tables_of_results_follow_from_the_rows(table):
+    rows = compare.read()
+    assert {(row["arm"], row["seed"]) for row in rows} == {(a, s) for a in compare.ARMS for s in range(5)}
+    assert table(rows) in README
 
 
-@pytest.mark.parametrize("table", [preferences, rlhf], ids=["preferences", "rlhf"])
+@pytest.mark.parametrize("table", [judge, rlhf], ids=["judge", "rlhf"])
 def test_the_other_tables_follow_too(table):
-    rows = compare.read(table.OUT)
+    rows = grid.read(table.OUT)
     assert {row["seed"] for row in rows} == {0, 1, 2}
     for part in table.tables(rows).split("\n\n"):
         assert part in README
 
 
 def test_the_cost_of_ppo_is_that_of_its_rows():
-    assert ppo_trl.sentence(compare.read(ppo_trl.OUT)) in README
+    assert ppo_trl.sentence(grid.read(ppo_trl.OUT)) in README
 
 
 def test_links_lead_to_files():
@@ -55,3 +59,39 @@ def test_accuracy_at_a_kl_lies_on_the_line_between_two_points():
     assert rlhf.at_kl(run, 0.25) == 52.5 and rlhf.at_kl(run, 1.0) == 60
     with pytest.raises(ValueError, match="outside of what was measured"):
         rlhf.at_kl(run, 1.5)
+
+
+def test_the_commands_are_there():
+    commands = re.findall(r"python -m rlnb ([^`\n#]+)", README)
+    assert len(commands) > 5
+    for command in commands:
+        words = command.replace("RUN", "some-id").split()
+        if words[-1] != "--help":
+            _parser().parse_known_args(words)  # exits for what it does not know
+    targets = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"(?:`|\n|=\S+ )make (\w+)", README):
+        assert re.search(rf"^[\w ]*\b{target}\b[\w ]*:", targets, re.MULTILINE), target
+    for module in re.findall(r"python -m (tests\.[\w.]+)", README):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+
+
+def test_the_messages_are_those_that_are_raised(monkeypatch):
+    """Of the table of troubles: each message that an error has is raised here."""
+    monkeypatch.setenv("RLNB_PROFILE", "cpu")
+    said = []
+    for call in (
+        lambda: lora.check_rank(128, 64),
+        lambda: recipes.recipe("grpo", batch=60).trl("out", 0),
+        lambda: decoding.pick(torch.tensor([[float("nan")]]), torch.zeros(1), SimpleNamespace()),
+    ):
+        with pytest.raises((ValueError, FloatingPointError)) as error:
+            call()
+        said.append(str(error.value))
+    told = README[README.index("## When something goes wrong") :].split("\n## ")[0]
+    for message in said:
+        assert any(quote in message for quote in re.findall(r"^\| `([^`]+)` \|", told, re.MULTILINE))
+
+
+def test_the_picture_is_of_the_rows():
+    picture = compare.OUT.with_suffix(".png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and compare.digest(compare.read()).encode() in picture

@@ -91,3 +91,22 @@ def test_methods_that_start_from_the_base_take_no_other_start(capsys):
     arguments = argparse.Namespace(method="sft", seed=0, start="base")
     with pytest.raises(SystemExit, match="sft starts from the base: leave --from out"):
         training.main(arguments)
+
+
+def test_two_processes_make_one_run(tmp_path):
+    """The README's command, in the smoke profile on two CPU processes."""
+    import os
+    import subprocess
+    import sys
+
+    from rlnb.bootstrap import ROOT
+
+    own = {"RLNB_PROFILE": "smoke", "RLNB_RUNS": str(tmp_path), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "-m", "rlnb", "train", "grpo", "--from", "base"],
+        cwd=ROOT, env={**os.environ, **own, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+    assert (folder / "adapter").is_dir() and done.stdout.count(folder.name) == 1

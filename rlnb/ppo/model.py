@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 POLICY, REFERENCE, VALUE, REWARD = "default", "ref", "value", "reward"  # names of adapters
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in float32
-ATTENTION_AT_ONCE = 2**24  # attention weights in a layer: 64 MiB in float32
 
 
 # --- adapters ------------------------------------------------------------------------------------
@@ -163,11 +162,10 @@ class ActorCritic(nn.Module):
     def _states(self, input_ids: Tensor, states: Tensor) -> tuple[Tensor, Any]:
         """(N, width) hidden states, and what turns them into logits: the head, or the logits."""
         lm = causal_lm(self.model)
-        with quick_attention(lm, input_ids):
-            if self.plain_head:
-                hidden = lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-                return hidden.flatten(0, 1).index_select(0, states), lm.get_output_embeddings()
-            out = lm(input_ids=input_ids, use_cache=False, output_hidden_states=True)
+        if self.plain_head:
+            hidden = lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+            return hidden.flatten(0, 1).index_select(0, states), lm.get_output_embeddings()
+        out = lm(input_ids=input_ids, use_cache=False, output_hidden_states=True)
         logits, hidden = (x.flatten(0, 1)[states] for x in (out.logits, out.hidden_states[-1]))
         return hidden, logits
 
@@ -184,27 +182,6 @@ def _head_is_plain(lm: Any) -> bool:
         hidden = lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         found = lm.get_output_embeddings()(hidden)
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2, atol=1e-2)
-
-
-@contextmanager
-def quick_attention(lm: Any, input_ids: Tensor) -> Iterator[None]:
-    """Run with the attention that is fastest forwards and backwards.
-
-    In bfloat16 on a CPU PyTorch's fused attention takes three times as long backwards as plain
-    matrix products do: those are used where their weights, (rows, heads, length, length), are few.
-    """
-    config, rows, length = lm.config, *input_ids.shape
-    weights = rows * length**2 * getattr(config, "num_attention_heads", float("inf"))
-    low = torch.is_autocast_enabled("cpu") or lm.dtype == torch.bfloat16
-    fused = config._attn_implementation == "sdpa" and not lm.is_gradient_checkpointing
-    if not (lm.device.type == "cpu" and low and fused and weights <= ATTENTION_AT_ONCE):
-        yield
-        return
-    config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = "sdpa"
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Callable
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,7 +26,7 @@ CASES = {  # prompts, completions of each, temperature
 }
 WITHOUT = {
     "without merging LoRA": ("lora_layers", lambda model: []),
-    "without sharing the cache of heads": ("_register_attention", lambda: "sdpa"),
+    "without sharing the cache of heads": ("attention", SimpleNamespace(use=lambda model: None)),
     "without leaving the batch": ("COMPACT", 0),
     "with all prompts read at once": ("READ_AT_ONCE", 256),
 }

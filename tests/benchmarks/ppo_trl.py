@@ -39,7 +39,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rlnb import bootstrap, compare, datasets, files, machine, memory, models, problems
+from rlnb import bootstrap, datasets, files, grid, machine, memory, models, problems
 
 ROOT = Path(__file__).parents[2]
 VENV, OUT = ROOT / ".venv-trl112", ROOT / "data" / "results" / "ppo_trl.csv"
@@ -273,7 +273,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     met = report(rows, steps)
     if not options.no_write:
-        files.write(OUT, compare.text(rows))
+        files.write(OUT, grid.text(rows))
     sys.exit(not met)
 
 

@@ -1,31 +1,29 @@
 """RLHF over seeds: PPO and RLOO against the reward model that ships, accuracy along the way by KL.
 
-    python -m tests.benchmarks.rlhf               # three seeds, on an idle machine
+    python -m tests.benchmarks.rlhf               # three seeds
     python -m tests.benchmarks.rlhf --resume      # go on after an interruption
 
 Writes one row per point of a run to data/results/rlhf.csv and prints tables. A run is measured at
 its start, the SFT model of the same seed, and after every tenth step: greedy strict accuracy on the
 held-out problems, and KL from the start in nats per sequence, on samples at temperature 1. "At
 matched KL": both methods' accuracies are read off, on straight lines between the points, where the
-one that moved less ended. Every run has a process of its own, so that its peak memory is its own.
+one that moved less ended. Every run has a process and a core of its own.
 """
 
-from functools import partial
 from itertools import pairwise
 from statistics import mean
 from typing import Any
 
 from rlnb import compare, evaluate, models, recipes, training
-from tests.benchmarks import learning
-from tests.benchmarks.learning import over_seeds
+from tests.benchmarks.over_seeds import RESULTS, carry_out, figure
 
-OUT = learning.RESULTS / "rlhf.csv"
+OUT = RESULTS / "rlhf.csv"
 ARMS = {"PPO": training.ppo, "RLOO": training.rloo}
 EVERY = 10  # steps between two points
 
 
 def run_rows(arm: str, seed: int) -> list[dict]:
-    """One row per point, from the start on; the cost of the whole run in each."""
+    """One row per point, from the start on."""
     models.backend()
     from transformers import TrainerCallback
 
@@ -38,9 +36,8 @@ def run_rows(arm: str, seed: int) -> list[dict]:
                 folder = start.folder / f"{arm}-{state.global_step}"
                 adapters[state.global_step] = models.save_adapter(rest["model"], folder)
 
-    run = ARMS[arm](seed, start=start, callbacks=[Keep()])
-    cost = {"train_seconds": round(run.train_seconds, 1), "peak_memory_mb": round(run.peak_memory_mb)}
-    return [point(arm, seed, step, folder, start) | cost for step, folder in adapters.items()]
+    ARMS[arm](seed, start=start, callbacks=[Keep()])
+    return [point(arm, seed, step, folder, start) for step, folder in adapters.items()]
 
 
 def point(arm: str, seed: int, step: int, adapter: Any, start: Any) -> dict:
@@ -68,29 +65,19 @@ def at_kl(points: list[dict], kl: float) -> float:
 
 
 def tables(rows: list[dict]) -> str:
-    """Means over seeds and their 95 % intervals (Student's t); the slowest and the largest run."""
+    """The difference at matched KL, and accuracy along the way."""
     runs: dict[str, dict[int, list[dict]]] = {}
     for row in rows:
         runs.setdefault(row["arm"], {}).setdefault(row["seed"], []).append(row)
     seeds = sorted(set.intersection(*(set(of) for of in runs.values())))
     common = {seed: min(max(p["kl"] for p in of[seed]) for of in runs.values()) for seed in seeds}
-    lines = ["| | strict before | strict after | gain in points | KL from SFT | at matched KL "
-             "| training | memory |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    matched = {}
-    for arm, of in runs.items():
-        first, last = [[100 * of[s][end]["strict"] / of[s][end]["n"] for s in seeds] for end in (0, -1)]
-        gain = over_seeds([b - a for a, b in zip(first, last, strict=True)], "{:+.1f}", "")
-        moved = learning.ends([of[s][-1]["kl"] for s in seeds])
-        matched[arm] = [at_kl(of[s], common[s]) for s in seeds]
-        seconds, memory = (max(of[s][0][name] for s in seeds)
-                           for name in ("train_seconds", "peak_memory_mb"))  # fmt: skip
-        lines.append(f"| {arm} | {over_seeds(first)} | {over_seeds(last)} | {gain} | {moved} "
-                     f"| {over_seeds(matched[arm])} | {seconds:.0f} s | {memory} MB |")  # fmt: skip
+    matched = {arm: [at_kl(of[s], common[s]) for s in seeds] for arm, of in runs.items()}
+    lines = []
     if len(matched) == 2:
         (one, a), (other, b) = matched.items()
-        apart = over_seeds([x - y for x, y in zip(a, b, strict=True)], "{:+.1f}", " points")
-        lines += ["", f"At matched KL (mean {mean(common.values()):.2f} nats): {one} less {other} {apart}."]
-    return "\n".join([*lines, "", along_the_way(runs)])
+        apart = figure([x - y for x, y in zip(a, b, strict=True)], "{:+.1f}", " points")
+        lines = [f"At matched KL (mean {mean(common.values()):.2f} nats): {one} less {other} {apart}.", ""]
+    return "\n".join([*lines, along_the_way(runs)])
 
 
 def along_the_way(runs: dict[str, dict[int, list[dict]]]) -> str:
@@ -106,4 +93,4 @@ def along_the_way(runs: dict[str, dict[int, list[dict]]]) -> str:
 
 
 if __name__ == "__main__":
-    print(tables(learning.carry_out(__doc__, OUT, ARMS, partial(compare.in_own_process, run_rows))))
+    print(tables(carry_out(__doc__, OUT, list(ARMS), run_rows)))

@@ -1,7 +1,7 @@
 """Do the notebooks teach the model? Read from the runs that the notebooks have just made at full size.
 
 `python -m rlnb test learning` executes every notebook in the cpu profile into an empty registry and then
-runs this file on it. One seed, so the margins are wider than the figures of tests/benchmarks/learning.py,
+runs this file on it. One seed, so the margins are wider than in data/results/methods.csv,
 and still a broken method falls through.
 """
 
