@@ -6,7 +6,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,6 +20,7 @@ def side_by_side(call: Callable, tasks: Iterable[tuple], jobs: int) -> Iterator[
     them to end. Raises RuntimeError for a process that died.
     """
     stopping = threading.Event()
+    resource_tracker.ensure_running()  # first: as it starts, it lifts the mask of the thread that starts it
     pool = ThreadPoolExecutor(jobs, initializer=_mask, initargs=(True,))
 
     def stop() -> None:

@@ -1,11 +1,17 @@
 """Calls side by side, in real processes."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from rlnb import processes
+from rlnb.bootstrap import ROOT
 
 
 def who(number):
@@ -43,3 +49,27 @@ def die():
 def test_a_process_that_dies_is_told():
     with pytest.raises(RuntimeError, match=r"die\(\): its process ended with 3"):
         list(processes.side_by_side(die, [()], jobs=2))
+
+
+STARTS_ONE = """
+import time
+from rlnb import processes
+
+if __name__ == "__main__":
+    list(processes.side_by_side(time.sleep, [(0,)], jobs=1))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_even_the_first_process_holds_interrupts_back_while_it_starts(tmp_path):
+    (tmp_path / "starts_one.py").write_text(STARTS_ONE)
+    command = [sys.executable, tmp_path / "starts_one.py"]
+    parent = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    blocked = None
+    while blocked is None and parent.poll() is None:
+        for child in psutil.Process(parent.pid).children():
+            if "spawn_main" in " ".join(child.cmdline()):
+                status = Path(f"/proc/{child.pid}/status").read_text()
+                blocked = int(status.split("SigBlk:")[1].split()[0], 16)
+    assert parent.wait() == 0
+    assert blocked & (1 << (signal.SIGINT - 1))
