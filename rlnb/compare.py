@@ -217,16 +217,15 @@ def expected(rows: Sequence[dict], arm: str, split: str = "id") -> evaluate.Esti
     )
 
 
-def points(rows: Sequence[dict], column: str) -> dict[str, tuple[float, evaluate.Estimate]]:
-    """Of each arm the median of a column, and strict accuracy in percent: for ``plots.frontier``. Without
-    the base, and without those that have 0 there where others have seconds or labels.
+def points(rows: Sequence[dict], column: str) -> dict[str, tuple[float | None, evaluate.Estimate]]:
+    """Of each arm but the base the median of a column, and strict accuracy in percent: for
+    ``plots.frontier``. None for those that have 0 there where others have seconds or labels.
     """
     found = {}
     for arm in (arm for arm in _arms(rows) if arm != "base"):
         x = median(r[column] for r in rows if r["arm"] == arm)
         y = over_seeds([100 * share(r) for r in rows if r["arm"] == arm])
-        if x or column == "kl":
-            found[arm] = (x, evaluate.Estimate(*y))
+        found[arm] = (x if x or column == "kl" else None, evaluate.Estimate(*y))
     return found
 
 

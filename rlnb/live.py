@@ -26,11 +26,6 @@ from rlnb.values import number
 
 Rows = Sequence[Mapping[str, float]]
 ACCURACIES = ("rewards/accuracies", "accuracy", "mean_token_accuracy")
-LABELS = plots.LABELS | {
-    "accuracy": "share of pairs in the right order",
-    "logps/chosen": "log-probability of chosen (nats)",
-    "logps/rejected": "log-probability of rejected (nats)",
-}
 WIDTH, HEIGHT = 300, 160  # of a panel, in CSS pixels; it shrinks where there is less room
 LEFT, TOP, RIGHT, BOTTOM = 52, 26, 12, 32
 PAUSE = 0.5  # seconds between two drawings
@@ -90,7 +85,7 @@ def _panel(name: str, curves: Sequence[tuple[str, str, Rows]], total: int) -> st
     def y(value: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - low) / (high - low)
 
-    parts = [f"<text x='4' y='14' font-weight='600'>{escape(LABELS.get(name, name))}</text>"]
+    parts = [f"<text x='4' y='14' font-weight='600'>{escape(plots.LABELS.get(name, name))}</text>"]
     for tick in ticks(low, high):
         at = y(tick)
         parts.append(f"<path d='M{LEFT} {at:.1f}H{WIDTH - RIGHT}' stroke='{draw.FAINT}'/>")
@@ -103,7 +98,7 @@ def _panel(name: str, curves: Sequence[tuple[str, str, Rows]], total: int) -> st
     parts.append(f"<text x='{middle}' y='{HEIGHT - 4}' text-anchor='middle'>optimizer step</text>")
     for place, (colour, points) in enumerate(series):
         parts.append(_line(points, colour, x, y, strong=place == len(series) - 1))
-    label = escape(LABELS.get(name, name), quote=True)
+    label = escape(plots.LABELS.get(name, name), quote=True)
     return (
         f"<svg role='img' aria-label='{label}' style='flex:1 1 240px;max-width:{WIDTH}px' "
         f"viewBox='0 0 {WIDTH} {HEIGHT}' font-family='sans-serif' font-size='11' fill='{draw.INK}'>"

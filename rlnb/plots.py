@@ -8,7 +8,7 @@ cards with dark text, which read the same on a light and a dark theme.
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 from rlnb import _drawing as draw
@@ -21,7 +21,10 @@ LABELS = {
     "reward": "mean reward",
     "reward_std": "sd of reward in a group",
     "frac_reward_zero_std": "share of groups with equal rewards",
+    "rewards/format/mean": "mean format reward",
+    "rewards/correctness/mean": "mean correctness reward",
     "kl": "KL to the reference (nats per token)",
+    "kl/sequence": "KL from the start (nats per completion)",
     "entropy": "entropy (nats per token)",
     "completions/mean_length": "completion length (tokens)",
     "completions/clipped_ratio": "share of completions cut off",
@@ -31,6 +34,13 @@ LABELS = {
     "step_time": "time per step (s)",
     "rewards/margins": "reward margin, chosen - rejected",
     "rewards/accuracies": "share of pairs in the right order",
+    "logps/chosen": "log-probability of chosen (nats)",
+    "logps/rejected": "log-probability of rejected (nats)",
+    "nll_loss": "loss on prompt and chosen (nats per token)",
+    "log_odds_ratio": "log sigmoid of the log odds ratio",
+    "accuracy": "share of pairs in the right order",
+    "margin": "reward margin, chosen - rejected",
+    "mean_reward": "mean reward of a pair's two answers",
     "num_tokens": "tokens seen",
 }
 
@@ -63,6 +73,7 @@ def curves(
     fig, axes = draw.figure(math.ceil(len(labels) / columns), columns, panel)
     for ax, (metric, label) in zip(axes, labels.items(), strict=False):
         ax.set_xlabel("optimizer step")
+        ax.xaxis.get_major_locator().set_params(integer=True)
         # Above the axis a label takes less room than beside it; an inch holds some 12 characters.
         ax.set_title(textwrap.fill(label, int(12 * panel[0]) - 5))
         for colour, group in zip(draw.colours(groups), groups.values(), strict=True):
@@ -205,7 +216,7 @@ def lines(
 
 @draw.styled
 def frontier(
-    points: Mapping[str, tuple[float, Any]],
+    points: Mapping[str, tuple[float | None, Any]],
     *,
     xlabel: str,
     ylabel: str,
@@ -214,22 +225,24 @@ def frontier(
 ):
     """A dot per label at (x, y), with the interval of y and the label at the right in its colour.
 
-    y has .mean, .low and .high, in percent. `logx` spaces the x by their logarithm.
+    y has .mean, .low and .high, in percent. `logx` spaces the x by their logarithm. What has None for
+    x is left out, but keeps its colour and mark for other figures of the same labels.
     """
     fig, (ax,) = draw.figure(1, 1, (6.4, 3.6))
-    dots = list(zip(draw.colours(points), points.items(), strict=True))
-    marks = "osD^vPXp<>"
-    for i, (colour, (_, (x, y))) in enumerate(dots):
+    looks = zip(draw.colours(points), cycle("osD^vPXp<>"), points.items(), strict=False)
+    dots = [(colour, mark, *dot) for colour, mark, dot in looks if dot[1][0] is not None]
+    for colour, mark, _, (x, y) in dots:
         ax.plot([x, x], [y.low, y.high], color=colour, alpha=0.6)
-        ax.plot(x, y.mean, marks[i % len(marks)], color=colour, markersize=6, zorder=3)
+        ax.plot(x, y.mean, mark, color=colour, markersize=6, zorder=3)
     if logx:
         ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
     draw.percent_axis(ax.yaxis, "")
     ax.set(xlabel=xlabel, title=ylabel)
-    heights = draw.spread([y.mean for _, y in points.values()], gap=7.0)
-    for i, (height, (colour, (label, _))) in enumerate(zip(heights, dots, strict=True)):
+    heights = draw.spread([y.mean for *_, (_, y) in dots], gap=7.0)
+    for height, (colour, mark, label, _) in zip(heights, dots, strict=True):
         place = dict(xycoords=("axes fraction", "data"), va="center", color=colour)
-        ax.plot([1.04], [height], marks[i % len(marks)], color=colour, clip_on=False,
+        ax.plot([1.04], [height], mark, color=colour, clip_on=False,
                 transform=ax.get_yaxis_transform(), markersize=5)  # fmt: skip
         ax.annotate(label, (1.07, height), weight="bold", **place)
     draw.head(fig, title)

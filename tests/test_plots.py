@@ -33,6 +33,19 @@ class Share:
         return min(1.0, self.mean + 0.05)
 
 
+@dataclass
+class Percent:
+    mean: float
+
+    @property
+    def low(self):
+        return self.mean - 2
+
+    @property
+    def high(self):
+        return self.mean + 2
+
+
 class Report:
     def __init__(self, k):
         self.k = k
@@ -63,6 +76,7 @@ RESULTS = {"base": Share(2, 500), "SFT on 128 demonstrations": Share(262, 500),
 PASSES = {"base": {1: (0.27, 0.24, 0.3), 8: (0.8, 0.77, 0.83), 32: (0.99, 0.98, 1.0)},
           "SFT": {1: (0.5, 0.48, 0.53), 8: (0.85, 0.82, 0.88), 32: (0.98, 0.95, 0.99)},
           "GRPO": {"1": Share(78, 100), "8": Share(90, 100), "32": Share(97, 100)}}  # fmt: skip
+DOTS = {f"method {i}": (7.0 * i or None, Percent(60 + i / 9)) for i in range(11)}
 GROUP = [
     "<reasoning>12 + 5 = 17; 17 - 3 = 14</reasoning><answer>14</answer>",
     "It costs $14, not $4",
@@ -85,6 +99,9 @@ FIGURES = {
     "discrete": lambda: plots.rewards_histogram({"step 1": [0, 0, 0.2, None, math.nan]}),
     "advantages": lambda: plots.advantages([1.2, 0.0], GROUP, title="A group of two"),
     "no contrast": lambda: plots.advantages([1, 1, 1, 1]),
+    "lines": lambda: plots.lines({LONG: [(1, 0.2), (64, Share(9, 10))], "other": [(8, 0.1)]},
+                                 xlabel="n", ylabel="share (%)", logx=True, percent=True),
+    "frontier": lambda: plots.frontier(DOTS, xlabel="time (s)", ylabel="accuracy (%)", logx=True),
 }  # fmt: skip
 
 
@@ -230,3 +247,16 @@ def test_lines_have_bands_where_there_are_intervals():
     band = ax.collections[0].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == (pytest.approx(45), pytest.approx(90))
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "10"]
+
+
+def test_a_label_keeps_its_look_where_another_has_no_place():
+    """"method 0" has no time; the others look as they do where it has one."""
+    both = [plots.frontier(DOTS | given, xlabel="x", ylabel="y") for given in ({}, {"method 0": (1, Percent(9))})]
+    looks = [
+        {round(line.get_xdata()[0]): (line.get_color(), line.get_marker()) for line in fig.axes[0].lines
+         if len(line.get_xdata()) == 1 and line.get_xdata()[0] > 1.1}
+        for fig in both
+    ]  # fmt: skip
+    assert looks[0] == looks[1] and len(looks[0]) == 10 and len(set(looks[0].values())) == 10
+    texts = [{t.get_text() for t in fig.axes[0].texts} for fig in both]
+    assert texts[1] - texts[0] == {"method 0"}
