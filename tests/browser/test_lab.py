@@ -40,6 +40,9 @@ def address(tmp_path_factory):
     notebook = nbformat.read(ROOT / "notebooks" / f"{NOTEBOOK}.ipynb", as_version=4)
     notebook.cells += [nbformat.v4.new_code_cell(cell) for cell in CELLS]
     nbformat.write(notebook, home / f"{NOTEBOOK}.ipynb")
+    quiet = home / "s" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # else it asks, in the picture
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -47,8 +50,7 @@ def address(tmp_path_factory):
     options = {
         "ServerApp.port": port, "ServerApp.root_dir": home, "ServerApp.ip": "127.0.0.1",
         "IdentityProvider.token": token, "ServerApp.open_browser": False,
-        "ServerApp.allow_root": True, "LabApp.news_url": None, "LabApp.user_settings_dir": home / "s",
-        "LabApp.workspaces_dir": home / "w",
+        "ServerApp.allow_root": True, "LabApp.user_settings_dir": home / "s", "LabApp.workspaces_dir": home / "w",
         "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
     }  # fmt: skip
     command = [sys.executable, "-m", "jupyterlab", *(f"--{k}={v}" for k, v in options.items())]
@@ -131,7 +133,7 @@ def test_a_notebook_runs_from_top_to_bottom(page):
     page.locator(".jp-Notebook").wait_for(timeout=SLOW)
     page.locator("text=/Python 3 .*Idle/").first.wait_for(timeout=SLOW)
     menu(page, "Run", "Run All Cells")
-    page.locator(".jp-Notebook").click(position={"x": 20, "y": 20})
+    page.locator(".jp-MarkdownCell").first.click()
     last = page.locator(".jp-CodeCell").last
     expect(last.locator(".jp-OutputArea-output")).to_have_text("42", timeout=SLOW)
     assert page.locator('[data-mime-type="application/vnd.jupyter.stderr"]').count() == 0
