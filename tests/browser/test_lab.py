@@ -58,6 +58,7 @@ def address(tmp_path_factory):
         **os.environ, "PYTHONPATH": str(ROOT), "RLNB_RUNS": str(home / "runs"),
         "RLNB_PROFILE": "smoke", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
+    environment.pop("MPLBACKEND", None)  # of conftest.py, and no reader's: figures would be text
     with (home / "lab.log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
@@ -146,6 +147,7 @@ def test_the_panel_shows_its_knobs_and_the_runs_of_this_notebook(page):
     for name in ("rank", "max_lora_rank", "learning rate", "steps", "batch", "demonstrations", "seed"):
         expect(page.locator(".widget-label", has_text=re.compile(f"^{name}$"))).to_be_visible()
     expect(panel.locator("svg[role=img]").first).to_be_visible()
+    expect(page.locator(".jp-RenderedImage img").last).to_be_visible()  # the figure above it
     assert table_rows(page) == 2  # of the notebook's own cells
     status(page, re.compile(r"trains 299,008 parameters"))
     shot(page, "2_panel")
