@@ -4,6 +4,8 @@ import os
 import re
 import tempfile
 
+import rlnb  # noqa: F401  before torch: it sets how threads wait
+
 _runs = tempfile.TemporaryDirectory()  # goes when pytest ends
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"

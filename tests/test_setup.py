@@ -271,3 +271,12 @@ def test_an_environment_made_by_hand_is_used_as_it_is(monkeypatch, tmp_path):
 def test_ci_goes_through_make():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert "make test" in lines and os.access(ROOT / ".ci" / "run", os.X_OK)
+
+def test_waiting_threads_do_not_spin_for_long():
+    """Set by rlnb before torch is loaded, unless the user has set it."""
+    code = "import os, rlnb; print(os.environ['GOMP_SPINCOUNT'])"
+    for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        own = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+        own |= {"PYTHONPATH": str(ROOT)} | given
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=own)
+        assert done.stdout.strip() == expected
