@@ -144,7 +144,7 @@ def _pretrain(arguments, rest) -> int:
 
 
 def _data(arguments, rest) -> int:
-    from rlnb import problems
+    from rlnb.task import problems
 
     problems.write_data()
     if arguments.preferences:

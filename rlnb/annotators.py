@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from rlnb import problems as tasks
+from rlnb.task import problems as tasks
 from rlnb import sampling
 
 Row = dict[str, Any]  # see rlnb.preferences

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import problems as tasks
-from rlnb.problems import Problem
+from rlnb.task import problems as tasks
+from rlnb.task.problems import Problem
 
 if TYPE_CHECKING:
     from datasets import Dataset  # the library: an absolute import never means this file

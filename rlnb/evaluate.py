@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from statistics import NormalDist, fmean
 from typing import Any
 
-from rlnb import problems as task
+from rlnb.task import problems as task
 from rlnb import sampling
 from rlnb.divergence import KL, kl
-from rlnb.problems import Problem
+from rlnb.task.problems import Problem
 
 __all__ = [
     "KL",

@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlnb import live, machine, memory, models, problems, recipes, runs
+from rlnb import live, machine, memory, models, recipes, runs
+from rlnb.task import problems
 from rlnb.lora import LoRA, skeleton, smallest_width, target_layers
 
 STEPS, PROBLEMS = 4, 256  # of a trial: one whole batch of held-out problems
@@ -237,7 +238,8 @@ def trial(
     train: as rlnb.training.dpo. given: what else it takes. It starts from runs that are there: where
     one would have to be made first, the base serves, which costs the same.
     """
-    from rlnb import rewards, training
+    from rlnb import training
+    from rlnb.task import rewards
 
     takes = inspect.signature(train).parameters
     if "start" in takes and given.get("start", takes["start"].default) == "sft":

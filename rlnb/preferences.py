@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlnb import datasets, files, sampling
-from rlnb import problems as tasks
+from rlnb.task import problems as tasks
 from rlnb.annotators import Annotator, Comparison, Row, check_rate
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlnb import card, problems
+from rlnb import card
+from rlnb.task import problems
 
 if TYPE_CHECKING:
     import torch

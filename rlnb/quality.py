@@ -15,7 +15,7 @@ from itertools import combinations
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from rlnb import problems as tasks
+from rlnb.task import problems as tasks
 from rlnb.evaluate import Proportion
 from rlnb.values import Table
 

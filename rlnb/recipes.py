@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-from rlnb import problems
+from rlnb.task import problems
 
 PROFILES = ("cpu", "gpu", "smoke")
 

@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import annotators, datasets, evaluate, models, preferences, problems, recipes, rewards, runs
+from rlnb import annotators, datasets, evaluate, models, preferences, recipes, runs
+from rlnb.task import problems, rewards
 
 if TYPE_CHECKING:
     from datasets import Dataset

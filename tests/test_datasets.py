@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from rlnb import datasets, problems
+from rlnb import datasets
+from rlnb.task import problems
 from tests import tiny
 
 USER = {"role": "user", "content": "How many?"}

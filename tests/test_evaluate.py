@@ -8,7 +8,8 @@ import random
 
 import pytest
 
-from rlnb import decoding, divergence, evaluate, models, problems, sampling
+from rlnb import decoding, divergence, evaluate, models, sampling
+from rlnb.task import problems
 from tests import tiny
 
 models.backend()  # Unsloth before transformers

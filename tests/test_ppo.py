@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from rlnb import models, ppo, reward_models, rewards
+from rlnb import models, ppo, reward_models
+from rlnb.task import rewards
 from rlnb.ppo import base as ppo_base
 from rlnb.ppo import model as ppo_model
 from rlnb.ppo.rollouts import rollouts

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from rlnb import annotators, preferences, problems
+from rlnb import annotators, preferences
+from rlnb.task import problems
 from rlnb.annotators import Clarity, Gold, Noisy
 from tests import tiny
 from tests.rows import LOOSE, QUESTION, RIGHT, WRONG, Fixed, row

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from rlnb import models, pretrain, problems
+from rlnb import models, pretrain
+from rlnb.task import problems
 
 SMALL = pretrain.Settings(
     tokens=6 * 2 * 64, rows=2, length=64, vocabulary=400, hidden=128, mlp=128, layers=1

@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from rlnb import decoding, models, problems, sampling
+from rlnb import decoding, models, sampling
+from rlnb.task import problems
 from tests import tiny
 
 CHAT = [[{"role": "user", "content": text}] for text in (*tiny.CORPUS, "12 + 5?", "3")]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlnb import rewards
+from rlnb.task import rewards
 from rlnb.ppo.model import (
     REWARD, causal_lm, has_adapter, linear, load_adapter, right_pad, use_adapter,
 )  # fmt: skip
@@ -25,7 +25,7 @@ ROWS_AT_ONCE = 64  # sequences that a reward model reads in one forward pass
 def sources(reward_funcs: Any, model: Any, tokenizer: Any) -> list[Any]:
     """A source for each of `reward_funcs`, which may be one or a list of
 
-    - functions with TRL's signature (`rlnb.rewards`),
+    - functions with TRL's signature (`rlnb.task.rewards`),
     - sequence classification models with one label,
     - a reward adapter's folder: LoRA with a score head on the policy's base, as TRL's RewardTrainer
       saves it. It moves onto that base, which is not loaded a second time.

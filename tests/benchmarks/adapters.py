@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from rlnb import adapters, lora, merging, models, problems
+from rlnb import adapters, lora, merging, models
+from rlnb.task import problems
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from unittest.mock import patch
 
 import torch
 
-from rlnb import decoding, models, problems, sampling
+from rlnb import decoding, models, sampling
+from rlnb.task import problems
 
 CASES = {  # prompts, completions of each, temperature
     "GRPO rollout": (8, 8, 1.0),

@@ -39,7 +39,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rlnb import bootstrap, datasets, files, grid, machine, memory, models, problems
+from rlnb import bootstrap, datasets, files, grid, machine, memory, models
+from rlnb.task import problems
 
 ROOT = Path(__file__).parents[2]
 VENV, OUT = ROOT / ".venv-trl112", ROOT / "data" / "results" / "ppo_trl.csv"

@@ -123,7 +123,8 @@ def _sft(model, tokenizer, steps: int):
 def _grpo(model, tokenizer, steps: int):
     from trl import GRPOConfig, GRPOTrainer
 
-    from rlnb import datasets, problems
+    from rlnb import datasets
+    from rlnb.task import problems
 
     config = GRPOConfig(
         **_arguments(GRPO["batch"], steps),

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlnb import datasets, models, problems
+from rlnb import datasets, models
+from rlnb.task import problems
 from rlnb.models import LoRA, load_model, save_adapter
 
 if not torch.cuda.is_available():

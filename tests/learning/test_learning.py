@@ -7,7 +7,8 @@ and still a broken method falls through.
 
 import pytest
 
-from rlnb import problems, reward_models, runs, training
+from rlnb import reward_models, runs, training
+from rlnb.task import problems
 
 
 def strict(report: dict) -> float:

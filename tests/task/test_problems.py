@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from rlnb import problems as P
+from rlnb.task import problems as P
 
 QUESTION = (
     "Mia has 12 apples. She gets 30 more and gives 5 to Leo. How many apples does she have left?"

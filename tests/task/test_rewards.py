@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlnb import problems, rewards
+from rlnb.task import problems, rewards
 
 QUESTION = "Mia has 12 pens. She buys 5 more and gives away 3. How many pens has she now?"
 GOLD = "<reasoning>12 + 5 = 17; 17 - 3 = 14</reasoning><answer>14</answer>"

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-DATA = Path(__file__).parent.parent / "data" / "problems"
+DATA = Path(__file__).parents[2] / "data" / "problems"
 TEST_SPLITS = ("id", "templates", "larger", "deeper", "rule")
 SIZES = {"id": 1000, "templates": 500, "larger": 500, "deeper": 500, "rule": 500,
          "validation": 500, "demonstrations": 256, "train": 3000}  # fmt: skip
