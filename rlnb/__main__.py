@@ -148,7 +148,8 @@ def _data(arguments, rest) -> int:
 
     problems.write_data()
     if arguments.preferences:
-        from rlnb import preferences, training
+        from rlnb import training
+        from rlnb.data import preferences
 
         preferences.write(training.collect_responses(), training.RESPONSES)
     if arguments.reward_model:

@@ -20,7 +20,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from rlnb import datasets, evaluate, files, grid, models, plots, recipes
+from rlnb import evaluate, files, grid, models, plots, recipes
+from rlnb.data import shapes as datasets
 from rlnb.task import problems
 from rlnb import reward_models, runs, sampling, training
 from rlnb.grid import over_seeds

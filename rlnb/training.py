@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import annotators, datasets, evaluate, models, preferences, recipes, runs
+from rlnb import evaluate, models, recipes, runs
+from rlnb.data import annotators, shapes as datasets, preferences
 from rlnb.task import problems, rewards
 
 if TYPE_CHECKING:

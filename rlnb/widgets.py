@@ -1,6 +1,6 @@
 """Widgets for notebooks: layout only. Each button calls a function that works without a screen too.
 
-label(rows, annotator="anna", path="labels/")      a rlnb.labelling.Session on the screen
+label(rows, annotator="anna", path="labels/")      a rlnb.data.labelling.Session on the screen
 panel("dpo")                                       knobs, forecast, live curve and table of a method
 """
 
@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import labelling
+from rlnb.data import labelling
 
 if TYPE_CHECKING:
     from rlnb.panel import Panel

@@ -1,6 +1,6 @@
 """Rows of responses to one problem, and an annotator with known scores, for tests."""
 
-from rlnb.annotators import Annotator
+from rlnb.data.annotators import Annotator
 
 QUESTION, ANSWER = "Anna has 12 apples and buys 5 more. How many now?", 17
 RIGHT = "<reasoning>12 + 5 = 17</reasoning><answer>17</answer>"

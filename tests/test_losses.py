@@ -10,7 +10,8 @@ from statistics import fmean
 import pytest
 import torch
 
-from rlnb import datasets, models, reward_models
+from rlnb import models, reward_models
+from rlnb.data import shapes as datasets
 from tests import tiny
 
 PROMPTS = ("1 + 2?", "What is 12 + 5?", "Anna has 7 pens and buys 3 more. How many now?", "9 - 4?")

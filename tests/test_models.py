@@ -486,7 +486,7 @@ def check_trained(model, before, log, key):
 def test_sft_runs(base, trained, tmp_path, mode):
     from trl import SFTConfig, SFTTrainer
 
-    from rlnb import datasets
+    from rlnb.data import shapes as datasets
     from rlnb.task import problems
 
     model, tokenizer = load_model(base, LoRA(rank=4) if mode == "new" else trained[0])
@@ -508,7 +508,7 @@ def test_grpo_runs_with_and_without_a_reference(base, trained, tmp_path, beta):
     """The model is a PeftModel already, so with beta > 0 TRL adds a frozen copy, "ref"."""
     from trl import GRPOConfig, GRPOTrainer
 
-    from rlnb import datasets
+    from rlnb.data import shapes as datasets
     from rlnb.task import problems
 
     model, tokenizer = load_model(base, trained[0])

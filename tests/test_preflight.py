@@ -5,7 +5,8 @@ import warnings
 import pytest
 import tiny
 
-from rlnb import checkup, models, preferences
+from rlnb import checkup, models
+from rlnb.data import preferences
 
 models.backend()
 from datasets import Dataset, concatenate_datasets  # noqa: E402

@@ -7,7 +7,8 @@ parameters, so that a run takes a second.
 import pytest
 import tiny
 
-from rlnb import doctor, models, preferences, runs
+from rlnb import doctor, models, runs
+from rlnb.data import preferences
 
 models.backend()
 import torch  # noqa: E402

@@ -2,8 +2,9 @@
 
 import pytest
 
-from rlnb import labelling, widgets
-from rlnb.annotators import Gold
+from rlnb import widgets
+from rlnb.data import labelling
+from rlnb.data.annotators import Gold
 
 ROWS = [
     {"id": f"p{i}", "question": f"{i} + 5?", "answer": i + 5, "kind": "gain",

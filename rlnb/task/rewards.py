@@ -52,7 +52,7 @@ def correctness(
 ) -> list[float]:
     """1.0 for a completion in the strict format with the right answer and a true trace, else 0.0.
 
-    The columns `question` and `answer` come from the data set (`rlnb.datasets.prompts` has both).
+    The columns `question` and `answer` come from the data set (`rlnb.data.shapes.prompts` has both).
     """
     grades = _grades("correctness", completions, question, answer)
     return [float(grade.strict) for grade in grades]
@@ -223,7 +223,7 @@ def _check_column(name: str, column: str, values: Sequence | None, n: int) -> No
         way_out = (
             "TRL's trainers pass it; by hand, give completion_ids=[[...], ...]"
             if column == "completion_ids"
-            else "add it to the data set (rlnb.datasets.prompts has it); "
+            else "add it to the data set (rlnb.data.shapes.prompts has it); "
             "the trainer passes every column on"
         )
         raise RewardError(f"reward {name!r} needs the column {column!r}, and got none: {way_out}.")

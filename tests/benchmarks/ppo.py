@@ -15,7 +15,8 @@ import time
 from statistics import mean
 from typing import Any
 
-from rlnb import datasets, evaluate, models, ppo, recipes, training
+from rlnb import evaluate, models, ppo, recipes, training
+from rlnb.data import shapes as datasets
 from rlnb.task import problems, rewards
 
 import torch

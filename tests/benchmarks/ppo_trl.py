@@ -39,7 +39,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rlnb import bootstrap, datasets, files, grid, machine, memory, models
+from rlnb import bootstrap, files, grid, machine, memory, models
+from rlnb.data import shapes as datasets
 from rlnb.task import problems
 
 ROOT = Path(__file__).parents[2]

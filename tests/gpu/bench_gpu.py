@@ -123,7 +123,7 @@ def _sft(model, tokenizer, steps: int):
 def _grpo(model, tokenizer, steps: int):
     from trl import GRPOConfig, GRPOTrainer
 
-    from rlnb import datasets
+    from rlnb.data import shapes as datasets
     from rlnb.task import problems
 
     config = GRPOConfig(

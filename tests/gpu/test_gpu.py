@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlnb import datasets, models
+from rlnb import models
+from rlnb.data import shapes as datasets
 from rlnb.task import problems
 from rlnb.models import LoRA, load_model, save_adapter
 

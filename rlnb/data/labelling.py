@@ -22,8 +22,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import preferences, quality
-from rlnb.annotators import Annotator, Comparison, Gold, Row
+from rlnb.data import preferences, agreement as quality
+from rlnb.data.annotators import Annotator, Comparison, Gold, Row
 from rlnb.evaluate import Proportion
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Session:
         return (*(SIDES if self.k == 2 else places), "tie", "skip")
 
     def play(self, annotator: Annotator, n: int | None = None, seed: int = 0) -> None:
-        """Let an annotator of rlnb.annotators answer the next n items, by default all.
+        """Let an annotator of rlnb.data.annotators answer the next n items, by default all.
 
         Of more than two responses it names the best, and skips if several share the first rank.
         """

@@ -1,12 +1,12 @@
-"""rlnb.annotators: each against its closed form, its rate, or the model behind it."""
+"""rlnb.data.annotators: each against its closed form, its rate, or the model behind it."""
 
 import random
 from collections import Counter
 
 import pytest
 
-from rlnb import preferences
-from rlnb.annotators import AI, Clarity, Gold, LengthBiased, Noisy
+from rlnb.data import preferences
+from rlnb.data.annotators import AI, Clarity, Gold, LengthBiased, Noisy
 from tests import tiny
 from tests.rows import ANSWER, LOOSE, QUESTION, RIGHT, WRONG, Fixed, row
 

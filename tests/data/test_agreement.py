@@ -1,12 +1,12 @@
-"""rlnb.quality: kappa against published tables, circles and biases against hand-made cases."""
+"""rlnb.data.agreement: kappa against published tables, circles and biases against hand-made cases."""
 
 import math
 import random
 
 import pytest
 
-from rlnb import preferences, quality
-from rlnb.annotators import Annotator, Clarity, Gold, LengthBiased, Noisy
+from rlnb.data import preferences, agreement as quality
+from rlnb.data.annotators import Annotator, Clarity, Gold, LengthBiased, Noisy
 from rlnb.evaluate import Proportion
 from tests.rows import RIGHT, row
 

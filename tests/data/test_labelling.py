@@ -1,4 +1,4 @@
-"""rlnb.labelling: every answer on disk at once, resumed, undone, shared, and fit for the trainers."""
+"""rlnb.data.labelling: every answer on disk at once, resumed, undone, shared, and fit for the trainers."""
 
 import json
 import re
@@ -8,10 +8,10 @@ import threading
 
 import pytest
 
-from rlnb import labelling, preferences
-from rlnb.annotators import Gold, Noisy
+from rlnb.data import labelling, preferences
+from rlnb.data.annotators import Gold, Noisy
 from rlnb.evaluate import Proportion
-from rlnb.labelling import Session
+from rlnb.data.labelling import Session
 
 
 def row(i, *responses):
@@ -55,7 +55,7 @@ def test_every_answer_is_on_disk_at_once(tmp_path):
 def test_it_survives_being_killed_and_goes_on(tmp_path):
     path = tmp_path / "labels.jsonl"
     code = (
-        "import json, os, sys; from rlnb.labelling import Session\n"
+        "import json, os, sys; from rlnb.data.labelling import Session\n"
         "rows = json.load(sys.stdin); session = Session(rows, 'anna', sys.argv[1])\n"
         "session.choose('left'); session.choose('tie'); os._exit(9)"
     )

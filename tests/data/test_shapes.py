@@ -1,4 +1,4 @@
-"""rlnb.datasets: TRL's shapes, subsets, and errors that name the row, the field and the value."""
+"""rlnb.data.shapes: TRL's shapes, subsets, and errors that name the row, the field and the value."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rlnb import datasets
+from rlnb.data import shapes as datasets
 from rlnb.task import problems
 from tests import tiny
 
@@ -48,7 +48,7 @@ def test_the_module_of_the_same_name_is_the_library(some):
 
 def test_the_import_is_light():
     code = (
-        "import sys, rlnb.datasets\n"
+        "import sys, rlnb.data.shapes\n"
         "print([m for m in ('datasets', 'torch', 'trl', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

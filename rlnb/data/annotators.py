@@ -17,7 +17,7 @@ from typing import Any
 from rlnb.task import problems as tasks
 from rlnb import sampling
 
-Row = dict[str, Any]  # see rlnb.preferences
+Row = dict[str, Any]  # see rlnb.data.preferences
 Comparison = tuple[int, int, int]
 
 _EQUATION = re.compile(r"[0-9]+ ?[-+*/] ?[0-9]+ ?= ?[0-9]+")

@@ -17,9 +17,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import datasets, files, sampling
+from rlnb import files, sampling
+from rlnb.data import shapes as datasets
 from rlnb.task import problems as tasks
-from rlnb.annotators import Annotator, Comparison, Row, check_rate
+from rlnb.data.annotators import Annotator, Comparison, Row, check_rate
 
 if TYPE_CHECKING:
     from datasets import Dataset

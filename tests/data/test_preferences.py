@@ -1,4 +1,4 @@
-"""rlnb.preferences: responses, ranks, and shapes against TRL's own."""
+"""rlnb.data.preferences: responses, ranks, and shapes against TRL's own."""
 
 import json
 import re
@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from rlnb import annotators, preferences
+from rlnb.data import annotators, preferences
 from rlnb.task import problems
-from rlnb.annotators import Clarity, Gold, Noisy
+from rlnb.data.annotators import Clarity, Gold, Noisy
 from tests import tiny
 from tests.rows import LOOSE, QUESTION, RIGHT, WRONG, Fixed, row
 
@@ -80,7 +80,7 @@ def test_a_bad_row_of_a_file_is_named(change, says, tmp_path):
 
 def test_the_import_is_light():
     code = (
-        "import sys, rlnb.annotators, rlnb.preferences, rlnb.quality, rlnb.labelling, rlnb.widgets\n"
+        "import sys, rlnb.data.annotators, rlnb.data.preferences, rlnb.data.agreement, rlnb.data.labelling, rlnb.widgets\n"
         "heavy = 'datasets', 'torch', 'trl', 'transformers', 'numpy', 'ipywidgets', 'pyarrow'\n"
         "print([m for m in heavy if m in sys.modules])"
     )

@@ -1,0 +1,1 @@
+"""What the methods learn from: data sets, preferences, annotators and how far they agree."""
