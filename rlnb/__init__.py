@@ -1,6 +1,6 @@
 """A workbook on reinforcement fine-tuning of small language models: the code behind it.
 
-`import rlnb` loads nothing; `rlnb.models` and its kin are imported when they are first used.
+`import rlnb` loads nothing; `rlnb.model.load` and its kin are imported when they are first used.
 """
 
 import importlib

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from rlnb import evaluate, models
+from rlnb import evaluate
+from rlnb.model import load as models
 from rlnb.task import problems
 
 KS = (1, 8, 32)

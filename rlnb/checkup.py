@@ -155,7 +155,7 @@ def _gflops(dtype: str, size: int = 512, seconds: float = 0.1) -> float:
 def backend() -> tuple[str, ...]:
     """Imports Unsloth: here if it already is here, else in another process, which may crash."""
     if "unsloth" in sys.modules:
-        from rlnb import models
+        from rlnb.model import load as models
 
         return (models.backend(),)
     ask = (
@@ -216,7 +216,7 @@ def imports() -> tuple[str, ...]:
         return ("nothing yet that minds the order",)
     if loaded[0] == "unsloth":
         return ("unsloth first, as it has to be",)
-    do = "Restart the kernel, and call rlnb.models.backend() above the other imports"
+    do = "Restart the kernel, and call rlnb.model.load.backend() above the other imports"
     return f"{loaded[0]} before unsloth, which patches it", "advice", do
 
 

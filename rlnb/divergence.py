@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from rlnb import sampling
-from rlnb.decoding import left_pad
+from rlnb.model import sampling
+from rlnb.model.decode_cpu import left_pad
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from statistics import NormalDist, fmean
 from typing import Any
 
 from rlnb.task import problems as task
-from rlnb import sampling
+from rlnb.model import sampling
 from rlnb.divergence import KL, kl
 from rlnb.task.problems import Problem
 

@@ -1,4 +1,4 @@
-"""What a run will cost, before it starts: memory from the model's shape (rlnb.memory), seconds from
+"""What a run will cost, before it starts: memory from the model's shape (rlnb.model.memory), seconds from
 short timings of this machine.
 
 A timing is a finished run of the same method, model and profile on this machine: an earlier one of
@@ -18,9 +18,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlnb import live, machine, memory, models, recipes, runs
+from rlnb import live, machine, recipes, runs
+from rlnb.model import memory, load as models
 from rlnb.task import problems
-from rlnb.lora import LoRA, skeleton, smallest_width, target_layers
+from rlnb.model.lora import LoRA, skeleton, smallest_width, target_layers
 
 STEPS, PROBLEMS = 4, 256  # of a trial: one whole batch of held-out problems
 SIDES = {"dpo": 2, "orpo": 2, "reward_model": 2}  # sequences per row of a batch
@@ -137,7 +138,7 @@ def lengths(model: str) -> tuple[int, int]:
     """Tokens of the longest prompt of some training problems, and with a model solution behind it."""
     from transformers import AutoTokenizer
 
-    from rlnb import sampling
+    from rlnb.model import sampling
 
     tokenizer = AutoTokenizer.from_pretrained(models.resolve(model))
     some = problems.load("train")[:128]

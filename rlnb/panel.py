@@ -16,8 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rlnb import forecast, live, machine, memory, models, recipes, runs, training
-from rlnb.lora import VLLM_RANKS, check_rank
+from rlnb import forecast, live, machine, recipes, runs, training
+from rlnb.model import memory, load as models
+from rlnb.model.lora import VLLM_RANKS, check_rank
 from rlnb.run_table import RED, RunTable, block, button, held_out, labels, text
 
 # What a knob offers; the recipe's own value is added.

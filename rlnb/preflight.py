@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy
 
-from rlnb import checkup, lora, memory
+from rlnb import checkup
+from rlnb.model import lora, memory
 
 # What TRL passes to a reward function beside the columns of the data set.
 GIVEN = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
-ERROR = 0.25  # of a predicted peak, up or down: how far rlnb.memory may be off
+ERROR = 0.25  # of a predicted peak, up or down: how far rlnb.model.memory may be off
 MIXED = 0.5  # of the batches with both labels that shuffled rows would have
 # The best rate for LoRA on Llama models is said to be 10 x 5e-5 x (2000 / width)^0.781 (documentation
 # of Tinker, 2025): 2.5e-3 for the practice model, which takes 2e-3. A tenth of it for whole models,
@@ -70,7 +71,7 @@ class _Flight:
 
     def _measure(self) -> None:
         if self.samples:
-            from rlnb import sampling
+            from rlnb.model import sampling
 
             prompts = sorted(self.rows["prompt"], key=lambda prompt: len(str(prompt)))[-64:]
             ids = sampling.tokenize(self.trainer.processing_class, prompts)

@@ -167,7 +167,7 @@ class Run:
     def _keep(self) -> None:
         """Saves what an interrupted training has learnt, unless the run has saved its adapter."""
         if hasattr(self._training, "peft_config") and not self.adapter.exists():
-            from rlnb import folders
+            from rlnb.model import folders
 
             with suppress(Exception):  # the interrupt goes on, and is what the user is told of
                 folders.save_adapter(self._training, self.adapter)

@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import evaluate, models, recipes, runs
+from rlnb import evaluate, recipes, runs
+from rlnb.model import load as models
 from rlnb.data import annotators, shapes as datasets, preferences
 from rlnb.task import problems, rewards
 
@@ -119,7 +120,7 @@ def reward_model(
     """A reward model (notebook 03) from pairs, by default all of the verifier's; judged on held-out
     ones. On two cores the usual recipe takes some four minutes.
     """
-    from rlnb import reward_models
+    from rlnb.model import reward_model as reward_models
 
     recipe = recipe or recipes.recipe("reward_model")
     pairs = _some(pairs or gold_pairs(seed=seed, how="all"), recipe, seed)
@@ -222,7 +223,7 @@ def grpo(
     model, tokenizer, parent = _policy(recipe, seed, start)
     from trl import GRPOConfig, GRPOTrainer
 
-    from rlnb import sampling
+    from rlnb.model import sampling
 
     weights = reward_weights or {rewards.correctness: 1.0, rewards.format: recipe.format_weight}
     with _start(recipe, seed, parent=parent) as run:
@@ -270,7 +271,7 @@ def rloo(
     reward: Callable | None = None, callbacks: "Sequence[TrainerCallback]" = (),
 ) -> runs.Run:  # fmt: skip
     """The same without a critic: TRL's RLOO (notebook 04) on the same reward model."""
-    from rlnb import reward_models
+    from rlnb.model import reward_model as reward_models
 
     recipe = recipe or recipes.recipe("rloo")
     if reward is None:

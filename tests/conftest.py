@@ -21,6 +21,6 @@ def pytest_pycollect_makemodule(module_path):
     where some file of the session needs it.
     """
     if IMPORTS.search(module_path.read_text(encoding="utf-8")):
-        from rlnb import models
+        from rlnb.model import load as models
 
         models.backend()

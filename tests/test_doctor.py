@@ -12,7 +12,8 @@ import sys
 
 import pytest
 
-from rlnb import __main__, bootstrap, checkup, doctor, models, runs
+from rlnb import __main__, bootstrap, checkup, doctor, runs
+from rlnb.model import load as models
 
 models.backend()
 import torch  # noqa: E402

@@ -8,7 +8,8 @@ import random
 
 import pytest
 
-from rlnb import decoding, divergence, evaluate, models, sampling
+from rlnb import divergence, evaluate
+from rlnb.model import decode_cpu as decoding, load as models, sampling
 from rlnb.task import problems
 from tests import tiny
 

@@ -214,7 +214,7 @@ def test_a_stop_at_the_last_step_comes_too_late(train):
 def test_trainers_show_themselves_so():
     import transformers.trainer
 
-    from rlnb import models
+    from rlnb.model import load as models
 
     models.backend()
     assert transformers.trainer.DEFAULT_PROGRESS_CALLBACK is live.progress()

@@ -10,7 +10,7 @@ from statistics import fmean
 import pytest
 import torch
 
-from rlnb import models, reward_models
+from rlnb.model import load as models, reward_model as reward_models
 from rlnb.data import shapes as datasets
 from tests import tiny
 

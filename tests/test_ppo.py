@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from rlnb import models, ppo, reward_models
+from rlnb import ppo
+from rlnb.model import load as models, reward_model as reward_models
 from rlnb.task import rewards
 from rlnb.ppo import base as ppo_base
 from rlnb.ppo import model as ppo_model
@@ -49,7 +50,7 @@ def prompts(n=24, chat=True):
 
 def script(texts, trainer):
     """Completions of 1 to 6 tokens: some end early, some are cut off, all follow from the prompt."""
-    from rlnb import sampling
+    from rlnb.model import sampling
 
     prompt_ids = sampling.tokenize(trainer.processing_class, texts)
     completion_ids = []
@@ -255,7 +256,7 @@ def test_padding_early_ends_and_truncation_leave_log_probs_as_they_are(kind):
 
 def test_log_probs_are_those_of_the_left_padded_sampler(base):
     """Greedy decoding pads on the left; the most likely token must be so here as well."""
-    from rlnb import sampling
+    from rlnb.model import sampling
 
     model, tokenizer = load(base, "trained")
     spread(model, std=0.5)
@@ -577,7 +578,7 @@ def test_a_reward_adapter_says_what_its_own_model_says(base, tmp_path, reward_mo
 
 def ended(texts, trainer):
     """Completions that have ended, of two words."""
-    from rlnb import sampling
+    from rlnb.model import sampling
 
     tokenizer = trainer.processing_class
     words = [f"{WORDS[i % 10]} {WORDS[i % 7]}" for i in range(len(texts))]
@@ -1031,7 +1032,8 @@ def test_a_checkpoint_of_another_run_is_refused(base, tmp_path, then, match):
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
-from rlnb import models, ppo
+from rlnb import ppo
+from rlnb.model import load as models
 from tests import test_ppo as t
 base, folder, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 kill, resume, rollout = (settings.pop(k, None) for k in ("kill", "resume", "rollout"))

@@ -5,7 +5,8 @@ import warnings
 import pytest
 import tiny
 
-from rlnb import checkup, models
+from rlnb import checkup
+from rlnb.model import load as models
 from rlnb.data import preferences
 
 models.backend()
@@ -16,7 +17,8 @@ from trl import (  # noqa: E402
 )  # fmt: skip
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
 
-from rlnb import ppo, preflight, reward_models, sampling  # noqa: E402
+from rlnb import ppo, preflight
+from rlnb.model import reward_model as reward_models, sampling  # noqa: E402
 
 LORA = models.LoRA(rank=4, alpha=16)
 TRAINERS = {

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from rlnb import models, pretrain
+from rlnb import pretrain
+from rlnb.model import load as models
 from rlnb.task import problems
 
 SMALL = pretrain.Settings(

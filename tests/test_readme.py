@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlnb import compare, decoding, grid, lora, recipes
+from rlnb import compare, grid, recipes
+from rlnb.model import decode_cpu as decoding, lora
 from rlnb.__main__ import _parser
 from rlnb.bootstrap import ROOT
 from tests.benchmarks import judge, ppo_trl, rlhf

@@ -8,7 +8,7 @@ from rlnb import recipes
 @pytest.mark.parametrize("method", recipes.RECIPES)
 @pytest.mark.parametrize("profile", recipes.PROFILES)
 def test_every_recipe_makes_a_trl_config(method, profile, tmp_path):
-    from rlnb import models
+    from rlnb.model import load as models
 
     models.backend()
     import trl

@@ -7,7 +7,8 @@ import threading
 import pytest
 import tiny
 
-from rlnb import models, runs
+from rlnb import runs
+from rlnb.model import load as models
 
 
 @pytest.fixture(autouse=True)

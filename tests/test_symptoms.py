@@ -7,7 +7,8 @@ parameters, so that a run takes a second.
 import pytest
 import tiny
 
-from rlnb import doctor, models, runs
+from rlnb import doctor, runs
+from rlnb.model import load as models
 from rlnb.data import preferences
 
 models.backend()
@@ -20,7 +21,7 @@ from trl import (  # noqa: E402
 )  # fmt: skip
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
 
-from rlnb import reward_models, sampling  # noqa: E402
+from rlnb.model import reward_model as reward_models, sampling  # noqa: E402
 
 LORA = models.LoRA(rank=4, alpha=16)
 WORDS = ("apples", "boxes", "pens")

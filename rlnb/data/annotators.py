@@ -15,7 +15,7 @@ from itertools import combinations
 from typing import Any
 
 from rlnb.task import problems as tasks
-from rlnb import sampling
+from rlnb.model import sampling
 
 Row = dict[str, Any]  # see rlnb.data.preferences
 Comparison = tuple[int, int, int]
@@ -150,7 +150,7 @@ class AI(Annotator):
         return [found[text] for text in row["responses"]]
 
     def _score_all(self, prompt: list[dict], texts: list[str]) -> list[float]:
-        from rlnb.decoding import left_pad
+        from rlnb.model.decode_cpu import left_pad
 
         says = [[*prompt, {"role": "assistant", "content": text}] for text in texts]
         ids = self.tokenizer.apply_chat_template(says, tokenize=True, return_dict=True)["input_ids"]

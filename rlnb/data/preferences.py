@@ -17,7 +17,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import files, sampling
+from rlnb import files
+from rlnb.model import sampling
 from rlnb.data import shapes as datasets
 from rlnb.task import problems as tasks
 from rlnb.data.annotators import Annotator, Comparison, Row, check_rate

@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rlnb import files, sampling
+from rlnb import files
+from rlnb.model import sampling
 from rlnb.ppo import checks
 from rlnb.ppo.maths import RunningMoments
 from rlnb.ppo.model import POLICY, REFERENCE, VALUE, ActorCritic, has_adapter, load_adapter

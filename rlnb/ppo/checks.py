@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rlnb import sampling
+from rlnb.model import sampling
 from rlnb.divergence import REWRITES_BASE
 from rlnb.ppo.config import PPOConfig
 from rlnb.ppo.model import POLICY, causal_lm, has_adapter
@@ -15,7 +15,7 @@ from rlnb.ppo.model import POLICY, causal_lm, has_adapter
 def check_model(model: Any, args: PPOConfig) -> None:
     """The model trains, and has the adapters that the settings ask for."""
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is {model!r}: load it first, with rlnb.models.load_model")
+        raise TypeError(f"model is {model!r}: load it first, with rlnb.model.load.load_model")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "no parameter of the model trains: attach an adapter (load_model(..., lora=LoRA())), or "

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlnb import models
+from rlnb.model import load as models
 
 models.backend()  # Unsloth before transformers
 

@@ -41,7 +41,7 @@ UPDATE_METRICS = (
 class PPOTrainer(ActorCriticTrainer):
     """Proximal policy optimization with a critic, for causal language models with or without LoRA.
 
-    model: a PEFT model, whose adapter "default" trains (`rlnb.models.load_model`), or a model that
+    model: a PEFT model, whose adapter "default" trains (`rlnb.model.load.load_model`), or a model that
         trains whole. It gets an adapter "ref" if it starts from a trained adapter, and one named
         "value" or "reward" where the settings ask for one. Its dropout is set to 0.
     args: see PPOConfig.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from rlnb import adapters, lora, merging, models
+from rlnb.model import adapters, lora, merging, load as models
 from rlnb.task import problems
 
 

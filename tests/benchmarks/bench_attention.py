@@ -9,7 +9,7 @@ import time
 import torch
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from rlnb import attention
+from rlnb.model import attention
 
 HEADS, SHARED, SIZE = 4, 2, 64
 CASES = ((16, 110), (32, 110), (64, 140), (64, 200))  # rows, length

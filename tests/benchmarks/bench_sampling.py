@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 
-from rlnb import decoding, models, sampling
+from rlnb.model import decode_cpu as decoding, load as models, sampling
 from rlnb.task import problems
 
 CASES = {  # prompts, completions of each, temperature

@@ -6,8 +6,8 @@ Prints both columns and their ratio; exits with status 1 if a peak is off by mor
 import argparse
 import sys
 
-from rlnb import memory
-from rlnb.lora import MLP, LoRA
+from rlnb.model import memory
+from rlnb.model.lora import MLP, LoRA
 
 CASES = {
     "LoRA rank 16, bf16 autocast": (LoRA(), True),

@@ -39,7 +39,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rlnb import bootstrap, files, grid, machine, memory, models
+from rlnb import bootstrap, files, grid, machine
+from rlnb.model import memory, load as models
 from rlnb.data import shapes as datasets
 from rlnb.task import problems
 
@@ -67,7 +68,7 @@ def settings(options: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 def make_reward_adapter(folder: Path) -> None:
     """A reward adapter of random weights: what it says does not matter here, what it costs does."""
-    from rlnb import reward_models
+    from rlnb.model import reward_model as reward_models
 
     model, _ = reward_models.load(MODEL, models.LoRA(rank=16))
     for name, parameter in model.named_parameters():
@@ -100,7 +101,7 @@ def ours(options: argparse.Namespace, folder: str, clock: Any) -> tuple[Any, Any
 
 def theirs(options: argparse.Namespace, folder: str, clock: Any) -> tuple[Any, Any]:
     """The same of TRL 1.12."""
-    from rlnb import reward_models
+    from rlnb.model import reward_model as reward_models
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     sizes, generate = [], ppo_trainer.batch_generation
@@ -136,7 +137,7 @@ def theirs(options: argparse.Namespace, folder: str, clock: Any) -> tuple[Any, A
 def warm_up() -> None:
     """The first step of all imports half of torch, and the first model half of transformers."""
     import torch
-    from rlnb import reward_models
+    from rlnb.model import reward_model as reward_models
 
     reward_models.load(MODEL, models.LoRA(rank=1))
     model, _ = models.load_model(MODEL, models.LoRA(rank=1))

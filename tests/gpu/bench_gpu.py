@@ -57,7 +57,7 @@ def measure(arm: str, method: str, folder: str, steps: int) -> dict:
     """Train one arm here: median seconds per step, peak bytes that torch held, the last loss."""
     if arm == "trl+peft":
         sys.modules["unsloth"] = None  # as if it were not installed: rlnb takes its plain path
-    from rlnb.models import LoRA, load_model
+    from rlnb.model.load import LoRA, load_model
 
     lora = LoRA(rank=RANK, alpha=RANK)
     vllm = arm == "unsloth+vllm"

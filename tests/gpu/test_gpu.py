@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlnb import models
+from rlnb.model import load as models
 from rlnb.data import shapes as datasets
 from rlnb.task import problems
-from rlnb.models import LoRA, load_model, save_adapter
+from rlnb.model.load import LoRA, load_model, save_adapter
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)

@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlnb import attention, machine
-from rlnb.folders import resolve
-from rlnb.lora import LoRA, skeleton, target_layers, vllm_rank, whole
+from rlnb import machine
+from rlnb.model import attention
+from rlnb.model.folders import resolve
+from rlnb.model.lora import LoRA, skeleton, target_layers, vllm_rank, whole
 
 MB = 2**20
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -75,7 +76,7 @@ def predict(
     dtype: of the weights. autocast: matrix products in bfloat16, as the recipes train (bf16=True).
     checkpointing: keep each layer's input alone, and compute the rest again in the backward pass.
     max_lora_rank: for vLLM, which takes the next of its own ranks.
-    fused: attention that keeps no weights; default: on a GPU, and where rlnb.attention is.
+    fused: attention that keeps no weights; default: on a GPU, and where rlnb.model.attention is.
 
     The optimizer is torch's Adam: two numbers for each trainable parameter, in its type.
     Raises ValueError for a value out of range and for a config of no causal LM.
@@ -259,9 +260,9 @@ def try_out(
     settings = {"name": str(name), "lora": lora and asdict(lora), "batch": batch, "length": length,
                 "autocast": autocast, "steps": steps}  # fmt: skip
     predicted = predict(name, lora, batch=batch, length=length, autocast=autocast)
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "PYTHONPATH": os.pathsep.join(paths)}
-    code = "import sys; from rlnb import memory; memory._try_out(sys.argv[1])"
+    code = "import sys; from rlnb.model import memory; memory._try_out(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(settings)],
         capture_output=True, text=True, env=os.environ | own,
@@ -273,7 +274,7 @@ def try_out(
 
 def _try_out(settings: str) -> None:
     """The child's side of `try_out`: prints what it measured as JSON."""
-    from rlnb import models
+    from rlnb.model import load as models
 
     models.backend()
     import torch

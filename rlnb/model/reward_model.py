@@ -16,9 +16,9 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from rlnb import attention, models
+from rlnb.model import attention, load as models
 from rlnb.evaluate import Proportion
-from rlnb.models import LoRA
+from rlnb.model.load import LoRA
 
 Messages = list[dict[str, str]]
 

@@ -1,4 +1,4 @@
-"""rlnb.serving: a real process each time, and once the real server with OpenAI's own client."""
+"""rlnb.model.serving: a real process each time, and once the real server with OpenAI's own client."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 import tiny
 
-from rlnb import models, sampling, serving
+from rlnb.model import load as models, sampling, serving
 from rlnb.bootstrap import ROOT
 
 READY = """

@@ -1,4 +1,4 @@
-"""rlnb.merging and rlnb.ship on a random tiny model: the check of a merge, the export, the card."""
+"""rlnb.model.merging and rlnb.model.export on a random tiny model: the check of a merge, the export, the card."""
 
 import json
 import subprocess
@@ -7,8 +7,9 @@ import sys
 import pytest
 import tiny
 
-from rlnb import adapters, merging, models, runs, sampling, ship
-from rlnb.models import LoRA, load_model
+from rlnb import runs
+from rlnb.model import adapters, merging, load as models, sampling, export as ship
+from rlnb.model.load import LoRA, load_model
 
 LAST = "base_model.model.model.layers.1.mlp.down_proj"
 PROMPTS = [
@@ -265,7 +266,7 @@ def test_without_a_run_the_card_says_so(pair, tmp_path):
 
 
 def test_the_practice_models_licence_is_known(pair, base, monkeypatch):
-    from rlnb import folders
+    from rlnb.model import folders
 
     monkeypatch.setattr(folders, "DATA", base.parent)
     checks = [merging.Check("bfloat16", 0.0, 1.0, 1, 1)]

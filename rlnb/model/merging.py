@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import adapters, files, models, sampling
+from rlnb import files
+from rlnb.model import adapters, load as models, sampling
 
 if TYPE_CHECKING:
     import torch

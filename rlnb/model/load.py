@@ -18,12 +18,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import attention, live
-from rlnb.folders import (
+from rlnb import live
+from rlnb.model import attention
+from rlnb.model.folders import (
     DATA, base_name, check_fits, load_weights, read_saved, resolve, save_adapter, saved_rank,
     warn_of_another_base,
 )  # fmt: skip
-from rlnb.lora import (
+from rlnb.model.lora import (
     ALL_LINEAR, ATTENTION, INITS, MLP, LoRA, Saved, check_init, check_rank, from_rlinf, skeleton,
     smallest_width, target_layers, vllm_rank, whole,
 )  # fmt: skip
@@ -104,7 +105,7 @@ def load_model(
 
     name: see ``resolve``.
     lora: LoRA(...) attaches a new adapter; a path, or Saved(path, rank), attaches a saved one, which
-        goes on training at its own rank; None trains every parameter. rlnb/lora.py has the table.
+        goes on training at its own rank; None trains every parameter. rlnb/model/lora.py has the table.
     max_lora_rank: the largest rank that rollouts serve; the adapter's is checked against it.
     fast_inference: roll out with vLLM. On a CPU it says once that transformers does, and goes on.
     max_seq_length: in tokens; default: what the model takes, at most 2048.

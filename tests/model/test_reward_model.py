@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from rlnb import reward_models
-from rlnb.reward_models import PairReport
+from rlnb.model import reward_model as reward_models
+from rlnb.model.reward_model import PairReport
 
 
 def test_accuracy_loss_and_calibration_of_known_margins():
@@ -57,7 +57,7 @@ def test_the_kl_of_best_of_n():
 
 
 def test_scores_do_not_hang_on_the_batch_and_survive_saving(tmp_path):
-    from rlnb import models
+    from rlnb.model import load as models
 
     model, tokenizer = reward_models.load("abacus-3m", models.LoRA(rank=4))
     texts = [

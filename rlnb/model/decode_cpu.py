@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from rlnb import attention
+from rlnb.model import attention
 
 if TYPE_CHECKING:
     import torch

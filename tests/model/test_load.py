@@ -1,4 +1,4 @@
-"""rlnb.models on a CPU with a random tiny model: checks, three modes, saving, TRL's trainers."""
+"""rlnb.model.load on a CPU with a random tiny model: checks, three modes, saving, TRL's trainers."""
 
 import contextlib
 import json
@@ -12,9 +12,9 @@ import sys
 import pytest
 import tiny
 
-from rlnb import adapters, folders, models
-from rlnb.lora import INITS
-from rlnb.models import ALL_LINEAR, LoRA, Saved, load_model, save_adapter
+from rlnb.model import adapters, folders, load as models
+from rlnb.model.lora import INITS
+from rlnb.model.load import ALL_LINEAR, LoRA, Saved, load_model, save_adapter
 
 RANKS = (1, 2, 3, 4, 7, 8, 16, 32, 64, 128, 256, 320, 512, 513)
 CHAT = [{"role": "user", "content": "Anna has 12 apples and buys 5 more. How many?"}]
@@ -417,7 +417,7 @@ def test_an_unsloth_that_does_not_import_is_reported(tmp_path):
     (tmp_path / "unsloth" / "__init__.py").write_text(
         "print('a banner')\nraise ImportError('libcuda.so.1: broken')"
     )
-    code = "import rlnb.models as m, sys\nassert 'torch' not in sys.modules\nm.backend()"
+    code = "import rlnb.model.load as m, sys\nassert 'torch' not in sys.modules\nm.backend()"
     paths = os.pathsep.join([str(tmp_path), str(models.DATA.parent)])
     done = subprocess.run(
         [sys.executable, "-c", code],

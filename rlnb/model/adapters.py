@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rlnb.folders import (
+from rlnb.model.folders import (
     check_fits, check_name, load_weights, read_saved, save_adapter, warn_of_another_base,
 )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """The one way to sample completions: rollouts, evaluation and preference data all go through here.
 
-On a CPU our own loop decodes (rlnb/decoding.py). On a GPU the model's own generate does (Unsloth's,
+On a CPU our own loop decodes (rlnb/model/decode_cpu.py). On a GPU the model's own generate does (Unsloth's,
 where it is loaded), or vLLM where the model has an engine: both are untested on a GPU until
 tests/gpu has run on one.
 """
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlnb.decoding import Settings, decode, left_pad, lora_layers, up_to_end, view
+from rlnb.model.decode_cpu import Settings, decode, left_pad, lora_layers, up_to_end, view
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from rlnb import attention, models
+from rlnb.model import attention, load as models
 
 SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
              vocab_size=120, max_position_embeddings=64)  # fmt: skip

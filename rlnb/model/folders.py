@@ -13,12 +13,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb.lora import linear_layers
+from rlnb.model.lora import linear_layers
 
 if TYPE_CHECKING:
     import torch
 
-DATA = Path(__file__).resolve().parent.parent / "data"
+DATA = Path(__file__).resolve().parents[2] / "data"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""rlnb.lora: the rank rules on a table, targets, inits, RLinf's keys. No weights are read."""
+"""rlnb.model.lora: the rank rules on a table, targets, inits, RLinf's keys. No weights are read."""
 
 import subprocess
 import sys
@@ -6,8 +6,8 @@ import sys
 import pytest
 import tiny
 
-from rlnb import lora, models
-from rlnb.lora import ALL_LINEAR, ATTENTION, MLP, LoRA, Saved
+from rlnb.model import lora, load as models
+from rlnb.model.lora import ALL_LINEAR, ATTENTION, MLP, LoRA, Saved
 
 # rank -> the least that vLLM can set aside for it; None: vLLM has no such rank.
 TABLE = {1: 1, 2: 8, 3: 8, 4: 8, 7: 8, 8: 8, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256, 320: 320,
@@ -29,7 +29,7 @@ def bones(tmp_path_factory):
 
 
 def test_importing_loads_no_torch():
-    code = "import sys, rlnb.lora, rlnb.folders; assert 'torch' not in sys.modules"
+    code = "import sys, rlnb.model.lora, rlnb.model.folders; assert 'torch' not in sys.modules"
     root = lora.Path(lora.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 

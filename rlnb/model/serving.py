@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from rlnb.folders import resolve
+from rlnb.model.folders import resolve
 
 NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")  # by `transformers serve`
 # Nothing calls home: transformers' command line looks for updates once a day, vLLM sends statistics.

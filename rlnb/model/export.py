@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import files, folders, machine, models
-from rlnb.merging import Check, check_folder, check_in_place, write_merged
-from rlnb.sampling import Prompt
+from rlnb import files, machine
+from rlnb.model import folders, load as models
+from rlnb.model.merging import Check, check_folder, check_in_place, write_merged
+from rlnb.model.sampling import Prompt
 
 if TYPE_CHECKING:
     from rlnb.runs import Run

@@ -1,4 +1,4 @@
-"""rlnb.memory: what is said to be exact is compared to the byte; tests/benchmarks/memory.py measures
+"""rlnb.model.memory: what is said to be exact is compared to the byte; tests/benchmarks/memory.py measures
 the peak of a training, which no unit test should depend on.
 """
 
@@ -8,9 +8,9 @@ import sys
 import pytest
 import tiny
 
-from rlnb import lora, memory, models
+from rlnb.model import lora, memory, load as models
 from rlnb.bootstrap import ROOT
-from rlnb.models import ATTENTION, MLP, LoRA, load_model, save_adapter
+from rlnb.model.load import ATTENTION, MLP, LoRA, load_model, save_adapter
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,4 +1,4 @@
-"""rlnb.adapters and rlnb.folders on a random tiny model: saving, switching, combining, merging."""
+"""rlnb.model.adapters and rlnb.model.folders on a random tiny model: saving, switching, combining, merging."""
 
 import json
 import os
@@ -9,8 +9,8 @@ import sys
 import pytest
 import tiny
 
-from rlnb import adapters, folders, models
-from rlnb.models import ATTENTION, LoRA, load_model, save_adapter
+from rlnb.model import adapters, folders, load as models
+from rlnb.model.load import ATTENTION, LoRA, load_model, save_adapter
 
 SHAPES = {  # adapters that differ in all that PEFT scales and places them by
     "sft": LoRA(rank=8, alpha=8),
@@ -187,7 +187,7 @@ def test_stock_peft_in_a_fresh_process_gives_the_same(base, model, saved, tmp_pa
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
-    from rlnb import sampling
+    from rlnb.model import sampling
 
     adapters.combine(model, "mix", {"default": 0.5, "grpo": 0.5})
     saved = saved | {"mix": save_adapter(model, tmp_path / "mix", "mix")}

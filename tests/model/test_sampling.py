@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from rlnb import decoding, models, sampling
+from rlnb.model import decode_cpu as decoding, load as models, sampling
 from rlnb.task import problems
 from tests import tiny
 
