@@ -126,7 +126,7 @@ def _doctor(arguments, rest) -> int:
 
 
 def _train(arguments, rest) -> int:
-    from rlnb import training
+    from rlnb.train import methods as training
 
     return training.main(arguments)
 
@@ -148,12 +148,12 @@ def _data(arguments, rest) -> int:
 
     problems.write_data()
     if arguments.preferences:
-        from rlnb import training
+        from rlnb.train import methods as training
         from rlnb.data import preferences
 
         preferences.write(training.collect_responses(), training.RESPONSES)
     if arguments.reward_model:
-        from rlnb import training
+        from rlnb.train import methods as training
 
         training.ship_reward_model()
     return 0

@@ -20,11 +20,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from rlnb import evaluate, files, grid, plots, recipes
+from rlnb import evaluate, files, grid, plots
+from rlnb.train import recipes
 from rlnb.model import load as models
 from rlnb.data import shapes as datasets
 from rlnb.task import problems
-from rlnb import runs, training
+from rlnb import runs
+from rlnb.train import methods as training
 from rlnb.model import reward_model as reward_models, sampling
 from rlnb.grid import over_seeds
 

@@ -66,7 +66,7 @@ def usual_jobs(names: list[str], write: bool) -> int:
     """2 where there are as many cores, but 1 for one notebook, for outputs that tell how long a run
     took with the whole machine, and for a GPU, which they would share.
     """
-    from rlnb import recipes
+    from rlnb.train import recipes
 
     alone = len(names) == 1 or write or recipes.profile() == "gpu"
     return 1 if alone or (os.cpu_count() or 1) < 2 else 2

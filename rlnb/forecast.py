@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlnb import live, machine, recipes, runs
+from rlnb import live, machine, runs
+from rlnb.train import recipes
 from rlnb.model import memory, load as models
 from rlnb.task import problems
 from rlnb.model.lora import LoRA, skeleton, smallest_width, target_layers
@@ -236,10 +237,10 @@ def trial(
 ) -> runs.Run:
     """Time a few steps of the real thing at these sizes, apart from the registry.
 
-    train: as rlnb.training.dpo. given: what else it takes. It starts from runs that are there: where
+    train: as rlnb.train.methods.dpo. given: what else it takes. It starts from runs that are there: where
     one would have to be made first, the base serves, which costs the same.
     """
-    from rlnb import training
+    from rlnb.train import methods as training
     from rlnb.task import rewards
 
     takes = inspect.signature(train).parameters

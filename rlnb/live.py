@@ -1,6 +1,6 @@
 """Live curves: what a training shows while it runs.
 
-`models.backend()` makes `progress()` the display of every trainer of transformers, TRL and rlnb.ppo,
+`models.backend()` makes `progress()` the display of every trainer of transformers, TRL and rlnb.train.ppo,
 in place of a table that grows by a row each step. Where it shows is a screen: an output of a notebook's
 cell, lines in a terminal, or a panel (rlnb/panel.py). The drawings are SVG made here: they take
 milliseconds beside a training and touch none of matplotlib's global state, so that they can be made

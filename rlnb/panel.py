@@ -1,7 +1,7 @@
 """The training panel: knobs for a method's settings, what a run will cost, its live curve, and a table
 of the runs of this notebook. `rlnb.widgets.panel("dpo")` makes one.
 
-It starts the same function that a code cell calls (rlnb.training.dpo), in a thread, so that the
+It starts the same function that a code cell calls (rlnb.train.methods.dpo), in a thread, so that the
 kernel stays free. What a click does can be called as well: `set`, `run`, `stop`, `reset`, and the
 table's `sort`, `hide`, `delete`. It is made of plain ipywidgets, for JupyterLab, VS Code and Colab.
 """
@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rlnb import forecast, live, machine, recipes, runs, training
+from rlnb import forecast, live, machine, runs
+from rlnb.train import recipes, methods as training
 from rlnb.model import memory, load as models
 from rlnb.model.lora import VLLM_RANKS, check_rank
 from rlnb.run_table import RED, RunTable, block, button, held_out, labels, text
@@ -43,7 +44,7 @@ _BUSY = threading.Lock()  # one training at a time: they share the cores and the
 
 
 class Panel(live.Screen):
-    """See the module. method: of rlnb.training.METHODS. recipe: the settings to start from (default:
+    """See the module. method: of rlnb.train.methods.METHODS. recipe: the settings to start from (default:
     the method's). seed: to start from. train: another function than the method's, which is called
     with seed, recipe and `given`. given: more of its arguments, such as start or pairs: they stay.
     trials: whether to time a few steps in the background where no run tells how long they take.

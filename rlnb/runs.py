@@ -221,7 +221,7 @@ def start(
     settings = jsonable({} if config is None else config)
     if not isinstance(settings, dict):
         raise TypeError(f"config is {config!r:.80}: give a mapping or a dataclass.")
-    from rlnb import recipes  # here, so that looking at runs stays light
+    from rlnb.train import recipes  # here, so that looking at runs stays light
 
     run = _create(
         method=method,

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlnb import compare, grid, recipes
+from rlnb import compare, grid
+from rlnb.train import recipes
 from rlnb.model import decode_cpu as decoding, lora
 from rlnb.__main__ import _parser
 from rlnb.bootstrap import ROOT

@@ -8,7 +8,7 @@ compared by the checker. AUC: how often a right answer scores above a wrong one,
 Every run has a process and a core of its own.
 """
 
-from rlnb import recipes, training
+from rlnb.train import recipes, methods as training
 from rlnb.model import reward_model as reward_models
 from rlnb.task import problems
 from tests.benchmarks.over_seeds import RESULTS, carry_out, figure

@@ -79,7 +79,7 @@ def make_reward_adapter(folder: Path) -> None:
 
 def ours(options: argparse.Namespace, folder: str, clock: Any) -> tuple[Any, Any]:
     """The trainer, and a function that says how many tokens a step drew."""
-    from rlnb import ppo
+    from rlnb.train import ppo
 
     model, tokenizer = models.load_model(MODEL, models.LoRA(rank=16))
     tokenizer.eos_token = model.generation_config.eos_token_id = None
@@ -145,7 +145,7 @@ def warm_up() -> None:
     torch.optim.AdamW(model.parameters()).step()
 
 
-MAKES = {"ours": (ours, "rlnb.ppo"), "TRL": (theirs, "trl.experimental.ppo")}
+MAKES = {"ours": (ours, "rlnb.train.ppo"), "TRL": (theirs, "trl.experimental.ppo")}
 
 
 # --- one process ---------------------------------------------------------------------------------

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlnb.ppo import checks, maths, reward
-from rlnb.ppo.base import ActorCriticTrainer
-from rlnb.ppo.config import PPOConfig
-from rlnb.ppo.model import VALUE, ActorCritic, Reference, copy_adapter, disable_dropout
-from rlnb.ppo.rollouts import Rollouts, put, rollouts, summary, table
+from rlnb.train.ppo import checks, maths, reward
+from rlnb.train.ppo.base import ActorCriticTrainer
+from rlnb.train.ppo.config import PPOConfig
+from rlnb.train.ppo.model import VALUE, ActorCritic, Reference, copy_adapter, disable_dropout
+from rlnb.train.ppo.rollouts import Rollouts, put, rollouts, summary, table
 
 from accelerate.utils import set_seed
 from transformers.trainer_utils import EvalLoopOutput

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlnb.ppo import maths
+from rlnb.train.ppo import maths
 
 LENGTHS = (5, 1, 3, 8)
 WIDTH = max(LENGTHS)

@@ -9,9 +9,9 @@ from typing import Any
 
 from rlnb import files
 from rlnb.model import sampling
-from rlnb.ppo import checks
-from rlnb.ppo.maths import RunningMoments
-from rlnb.ppo.model import POLICY, REFERENCE, VALUE, ActorCritic, has_adapter, load_adapter
+from rlnb.train.ppo import checks
+from rlnb.train.ppo.maths import RunningMoments
+from rlnb.train.ppo.model import POLICY, REFERENCE, VALUE, ActorCritic, has_adapter, load_adapter
 
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file

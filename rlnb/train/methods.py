@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import evaluate, recipes, runs
+from rlnb import evaluate, runs
+from rlnb.train import recipes
 from rlnb.model import load as models
 from rlnb.data import annotators, shapes as datasets, preferences
 from rlnb.task import problems, rewards
@@ -251,7 +252,7 @@ def ppo(
     """
     recipe = recipe or recipes.recipe("ppo")
     model, tokenizer, parent = _policy(recipe, seed, start)
-    from rlnb.ppo import PPOConfig, PPOTrainer
+    from rlnb.train.ppo import PPOConfig, PPOTrainer
 
     with _start(recipe, seed, parent=parent) as run:
         trainer = PPOTrainer(

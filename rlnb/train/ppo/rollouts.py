@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlnb.ppo.maths import kl_estimate
-from rlnb.ppo.model import right_pad, spans
+from rlnb.train.ppo.maths import kl_estimate
+from rlnb.train.ppo.model import right_pad, spans
 
 
 @dataclass

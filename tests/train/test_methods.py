@@ -4,7 +4,8 @@ import argparse
 
 import pytest
 
-from rlnb import __main__, recipes, runs, training
+from rlnb import __main__, runs
+from rlnb.train import recipes, methods as training
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@
     preflight.check(trainer, pairs)
     trainer.train()
 
-It takes TRL's SFT, Reward, DPO, KTO, ORPO, GRPO and RLOO trainers and `rlnb.ppo.PPOTrainer`, and
+It takes TRL's SFT, Reward, DPO, KTO, ORPO, GRPO and RLOO trainers and `rlnb.train.ppo.PPOTrainer`, and
 leaves to them what they say well themselves, such as a batch that num_generations does not divide.
 What it says of GPUs is untested until tests/gpu has run on one.
 """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlnb.task import rewards
-from rlnb.ppo.model import (
+from rlnb.train.ppo.model import (
     REWARD, causal_lm, has_adapter, linear, load_adapter, right_pad, use_adapter,
 )  # fmt: skip
 

@@ -8,8 +8,8 @@ import torch
 
 from rlnb.model import sampling
 from rlnb.divergence import REWRITES_BASE
-from rlnb.ppo.config import PPOConfig
-from rlnb.ppo.model import POLICY, causal_lm, has_adapter
+from rlnb.train.ppo.config import PPOConfig
+from rlnb.train.ppo.model import POLICY, causal_lm, has_adapter
 
 
 def check_model(model: Any, args: PPOConfig) -> None:

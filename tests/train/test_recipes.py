@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlnb import recipes
+from rlnb.train import recipes
 
 
 @pytest.mark.parametrize("method", recipes.RECIPES)
@@ -14,7 +14,7 @@ def test_every_recipe_makes_a_trl_config(method, profile, tmp_path):
     import trl
     from trl.experimental.orpo import ORPOConfig
 
-    from rlnb.ppo import PPOConfig
+    from rlnb.train.ppo import PPOConfig
 
     recipe = recipes.recipe(method, profile)
     kinds = {"sft": trl.SFTConfig, "reward_model": trl.RewardConfig, "dpo": trl.DPOConfig,

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from rlnb import ppo
+from rlnb.train import ppo
 from rlnb.model import load as models, reward_model as reward_models
 from rlnb.task import rewards
-from rlnb.ppo import base as ppo_base
-from rlnb.ppo import model as ppo_model
-from rlnb.ppo.rollouts import rollouts
+from rlnb.train.ppo import base as ppo_base
+from rlnb.train.ppo import model as ppo_model
+from rlnb.train.ppo.rollouts import rollouts
 from tests import tiny
 
 import torch
@@ -1032,7 +1032,7 @@ def test_a_checkpoint_of_another_run_is_refused(base, tmp_path, then, match):
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
-from rlnb import ppo
+from rlnb.train import ppo
 from rlnb.model import load as models
 from tests import test_ppo as t
 base, folder, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])

@@ -1,0 +1,1 @@
+"""The methods: settings, one loop for all of them, checks before it, and PPO."""
