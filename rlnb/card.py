@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from rlnb import evaluate
+from rlnb.measure import evaluate
 from rlnb.model import load as models
 from rlnb.task import problems
 

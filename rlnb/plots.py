@@ -94,7 +94,7 @@ def bars(
 ):
     """Horizontal bars with intervals, a row per label, the figures at the right.
 
-    A result has .mean, .low, .high in [0, 1], and perhaps .k and .n (`rlnb.evaluate.Proportion`).
+    A result has .mean, .low, .high in [0, 1], and perhaps .k and .n (`rlnb.measure.evaluate.Proportion`).
     """
     fig, (ax,) = draw.figure(1, 1, (6.8, 0.6 + 0.42 * len(results)))
     for row, (colour, result) in enumerate(

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlnb import _drawing as draw
 from rlnb import runs
-from rlnb.evaluate import Proportion
+from rlnb.measure.evaluate import Proportion
 
 SHORT = {"learning_rate": "rate", "demonstrations": "examples", "kl_coef": "KL", "lam": "lambda"}
 IMPLIED = ("parent", "labels", "alpha")  # settings that others decide, or that are long to say

@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rlnb.task import problems as tasks
-from rlnb.evaluate import Proportion
+from rlnb.measure.evaluate import Proportion
 from rlnb.values import Table
 
 if TYPE_CHECKING:

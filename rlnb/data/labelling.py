@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlnb.data import preferences, agreement as quality
 from rlnb.data.annotators import Annotator, Comparison, Gold, Row
-from rlnb.evaluate import Proportion
+from rlnb.measure.evaluate import Proportion
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlnb.model import attention, load as models
-from rlnb.evaluate import Proportion
+from rlnb.measure.evaluate import Proportion
 from rlnb.model.load import LoRA
 
 Messages = list[dict[str, str]]

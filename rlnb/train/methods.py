@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import evaluate, runs
+from rlnb import runs
+from rlnb.measure import evaluate
 from rlnb.train import recipes
 from rlnb.model import load as models
 from rlnb.data import annotators, shapes as datasets, preferences

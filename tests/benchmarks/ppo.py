@@ -15,7 +15,7 @@ import time
 from statistics import mean
 from typing import Any
 
-from rlnb import evaluate
+from rlnb.measure import evaluate
 from rlnb.train import ppo, recipes, methods as training
 from rlnb.model import load as models
 from rlnb.data import shapes as datasets

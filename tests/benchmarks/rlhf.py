@@ -14,7 +14,8 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any
 
-from rlnb import compare, evaluate
+from rlnb import compare
+from rlnb.measure import evaluate
 from rlnb.train import recipes, methods as training
 from rlnb.model import load as models
 from tests.benchmarks.over_seeds import RESULTS, carry_out, figure

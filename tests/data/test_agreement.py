@@ -7,7 +7,7 @@ import pytest
 
 from rlnb.data import preferences, agreement as quality
 from rlnb.data.annotators import Annotator, Clarity, Gold, LengthBiased, Noisy
-from rlnb.evaluate import Proportion
+from rlnb.measure.evaluate import Proportion
 from tests.rows import RIGHT, row
 
 # Fleiss 1971, Psychol. Bull. 76, table 1: 30 patients, 6 psychiatrists, 5 diagnoses. Kappa 0.430.

@@ -10,7 +10,7 @@ import pytest
 
 from rlnb.data import labelling, preferences
 from rlnb.data.annotators import Gold, Noisy
-from rlnb.evaluate import Proportion
+from rlnb.measure.evaluate import Proportion
 from rlnb.data.labelling import Session
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rlnb.model import sampling
-from rlnb.divergence import REWRITES_BASE
+from rlnb.measure.kl import REWRITES_BASE
 from rlnb.train.ppo.config import PPOConfig
 from rlnb.train.ppo.model import POLICY, causal_lm, has_adapter
 

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from rlnb import divergence, evaluate
+from rlnb.measure import kl as divergence, evaluate
 from rlnb.model import decode_cpu as decoding, load as models, sampling
 from rlnb.task import problems
 from tests import tiny

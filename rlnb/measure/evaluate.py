@@ -12,7 +12,7 @@ from typing import Any
 
 from rlnb.task import problems as task
 from rlnb.model import sampling
-from rlnb.divergence import KL, kl
+from rlnb.measure.kl import KL, kl
 from rlnb.task.problems import Problem
 
 __all__ = [
