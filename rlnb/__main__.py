@@ -120,7 +120,7 @@ def _doctor(arguments, rest) -> int:
     elsewhere = Path(sys.prefix).resolve() != bootstrap.VENV.resolve()
     if elsewhere and python.exists() and not find_spec("torch"):
         bootstrap.become([str(python), "-m", "rlnb", "doctor", *filter(None, [arguments.run])])
-    from rlnb import doctor
+    from rlnb.record import doctor
 
     return doctor.main(arguments.run)
 

@@ -26,7 +26,7 @@ from rlnb.train import recipes
 from rlnb.model import load as models
 from rlnb.data import shapes as datasets
 from rlnb.task import problems
-from rlnb import runs
+from rlnb.record import runs
 from rlnb.train import methods as training
 from rlnb.model import reward_model as reward_models, sampling
 from rlnb.grid import over_seeds

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
 
-from rlnb import files, processes, runs
+from rlnb import files, processes
+from rlnb.record import runs
 from rlnb.bootstrap import ROOT, show_line
 
 NOTEBOOKS = ROOT / "notebooks"

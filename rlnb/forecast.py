@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlnb import live, machine, runs
+from rlnb import live
+from rlnb.record import machine, runs
 from rlnb.train import recipes
 from rlnb.model import memory, load as models
 from rlnb.task import problems

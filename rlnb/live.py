@@ -22,7 +22,7 @@ from typing import Any
 
 from rlnb import _drawing as draw
 from rlnb import plots
-from rlnb.values import number
+from rlnb.record.values import number
 
 Rows = Sequence[Mapping[str, float]]
 ACCURACIES = ("rewards/accuracies", "accuracy", "mean_token_accuracy")

@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rlnb import forecast, live, machine, runs
+from rlnb import forecast, live
+from rlnb.record import machine, runs
 from rlnb.train import recipes, methods as training
 from rlnb.model import memory, load as models
 from rlnb.model.lora import VLLM_RANKS, check_rank

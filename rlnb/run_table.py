@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from rlnb import _drawing as draw
-from rlnb import runs
+from rlnb.record import runs
 from rlnb.measure.evaluate import Proportion
 
 SHORT = {"learning_rate": "rate", "demonstrations": "examples", "kl_coef": "KL", "lam": "lambda"}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlnb.task import problems as tasks
 from rlnb.measure.evaluate import Proportion
-from rlnb.values import Table
+from rlnb.record.values import Table
 
 if TYPE_CHECKING:
     import numpy as np

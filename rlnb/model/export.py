@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import files, machine
+from rlnb import files
+from rlnb.record import machine
 from rlnb.model import folders, load as models
 from rlnb.model.merging import Check, check_folder, check_in_place, write_merged
 from rlnb.model.sampling import Prompt
 
 if TYPE_CHECKING:
-    from rlnb.runs import Run
+    from rlnb.record.runs import Run
 
 FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",

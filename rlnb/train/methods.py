@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import runs
+from rlnb.record import runs
 from rlnb.measure import evaluate
 from rlnb.train import recipes
 from rlnb.model import load as models

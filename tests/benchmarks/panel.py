@@ -21,7 +21,8 @@ LIMITS = {"move": 0.05, "first": 3.0, "time": 0.30, "memory": 0.25}
 
 def measure(method: str, **changes: float) -> dict[str, float]:
     """One run through a panel; seconds and MB."""
-    from rlnb import forecast, runs
+    from rlnb import forecast
+    from rlnb.record import runs
     from rlnb.train import methods as training
     from rlnb.model import memory
     from rlnb.panel import Panel

@@ -39,7 +39,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rlnb import bootstrap, files, grid, machine
+from rlnb import bootstrap, files, grid
+from rlnb.record import machine
 from rlnb.model import memory, load as models
 from rlnb.data import shapes as datasets
 from rlnb.task import problems

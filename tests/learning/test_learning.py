@@ -7,7 +7,7 @@ and still a broken method falls through.
 
 import pytest
 
-from rlnb import runs
+from rlnb.record import runs
 from rlnb.train import methods as training
 from rlnb.model import reward_model as reward_models
 from rlnb.task import problems

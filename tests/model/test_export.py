@@ -7,7 +7,7 @@ import sys
 import pytest
 import tiny
 
-from rlnb import runs
+from rlnb.record import runs
 from rlnb.model import adapters, merging, load as models, sampling, export as ship
 from rlnb.model.load import LoRA, load_model
 

@@ -4,7 +4,8 @@ import argparse
 
 import pytest
 
-from rlnb import __main__, runs
+from rlnb import __main__
+from rlnb.record import runs
 from rlnb.train import recipes, methods as training
 
 

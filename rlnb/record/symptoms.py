@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from rlnb.doctor import Finding
-from rlnb.runs import Run
+from rlnb.record.doctor import Finding
+from rlnb.record.runs import Run
 
 MIN_LOGS = 6  # fewer show no trend
 SILENT = 0.9  # of the groups without variance: healthy runs of this workbook end with 0.2 to 0.75

@@ -1,4 +1,4 @@
-"""rlnb.runs between notebooks: one call each to compare, to delete, to keep what an interrupted
+"""rlnb.record.runs between notebooks: one call each to compare, to delete, to keep what an interrupted
 training has learnt, and to keep trials apart.
 """
 
@@ -7,7 +7,7 @@ import threading
 import pytest
 import tiny
 
-from rlnb import runs
+from rlnb.record import runs
 from rlnb.model import load as models
 
 

@@ -7,7 +7,7 @@ parameters, so that a run takes a second.
 import pytest
 import tiny
 
-from rlnb import doctor, runs
+from rlnb.record import doctor, runs
 from rlnb.model import load as models
 from rlnb.data import preferences
 

@@ -70,10 +70,10 @@ def _look(look: Any) -> Finding:
 def run(run: Any) -> Report:
     """What is wrong with a training run: for each symptom the numbers, their meaning, a way out.
 
-    run: a `rlnb.runs.Run`, or rows as in `trainer.state.log_history`. A run that is still going is
+    run: a `rlnb.record.runs.Run`, or rows as in `trainer.state.log_history`. A run that is still going is
     judged by what it has logged so far; it takes six logs to see a trend.
     """
-    from rlnb import runs, symptoms
+    from rlnb.record import runs, symptoms
 
     known = isinstance(run, runs.Run)
     rows = run.curve() if known else list(run)
@@ -86,7 +86,7 @@ def main(id: str | None = None) -> int:
     if id is None:
         report = machine()
     else:
-        from rlnb import runs
+        from rlnb.record import runs
 
         report = run(runs.load(id))
     print(report)

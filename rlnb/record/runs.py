@@ -6,7 +6,7 @@
         adapter/       the LoRA adapter, if the run saved one
 
 `run.json` is replaced whole, so a reader sees the old one or the new one. How values become JSON,
-which has no NaN, is in rlnb/values.py.
+which has no NaN, is in rlnb/record/values.py.
 """
 
 import itertools
@@ -24,8 +24,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rlnb import files, machine
-from rlnb.values import Table, fits_a_cell, jsonable, number, read_rows
+from rlnb import files
+from rlnb.record import machine
+from rlnb.record.values import Table, fits_a_cell, jsonable, number, read_rows
 
 SCHEMA = 1  # of run.json; a reader skips what it does not know
 COLUMNS = ("id", "method", "model", "status", "seed", "labels", "seconds", "train_seconds",
@@ -192,7 +193,7 @@ def root() -> Path:
     """$RLNB_RUNS, or `runs` in the repository, or in the working folder if rlnb is installed."""
     if given := os.environ.get("RLNB_RUNS"):
         return Path(given)
-    repository = Path(__file__).resolve().parents[1]
+    repository = Path(__file__).resolve().parents[2]
     return (repository if (repository / "pyproject.toml").is_file() else Path.cwd()) / "runs"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlnb import runs
+from rlnb.record import runs
 
 
 class Colour(Enum):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import rlnb
-from rlnb import runs
+from rlnb.record import runs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

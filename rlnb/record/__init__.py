@@ -1,0 +1,1 @@
+"""Runs: what was asked for, what happened, what is wrong with them."""
