@@ -20,7 +20,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from rlnb import files, grid, plots
+from rlnb import files, grid
+from rlnb.show import plots
 from rlnb.measure import evaluate
 from rlnb.train import recipes
 from rlnb.model import load as models

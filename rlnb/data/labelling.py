@@ -5,7 +5,7 @@
     session.choose("left")                          or right, tie, skip; undo() takes it back
     data, left_out = session.pairs()                for the trainers
 
-rlnb.widgets shows a session in a notebook. The file is JSONL, one answer a line, only ever appended
+rlnb.show.widgets shows a session in a notebook. The file is JSONL, one answer a line, only ever appended
 to: the next session with the same name goes on where this one stopped.
 """
 

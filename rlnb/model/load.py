@@ -18,7 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb import live
+from rlnb.show import live
 from rlnb.model import attention
 from rlnb.model.folders import (
     DATA, base_name, check_fits, load_weights, read_saved, resolve, save_adapter, saved_rank,
@@ -60,7 +60,7 @@ for _name, _value in {
 def backend() -> str:
     """Import Unsloth, once, and name what does the work: "unsloth-cpu", "unsloth-gpu" or "plain".
 
-    From then on trainers show themselves with rlnb.live. Raises RuntimeError, with Unsloth's own
+    From then on trainers show themselves with rlnb.show.live. Raises RuntimeError, with Unsloth's own
     message, where it is installed and does not import.
     """
     kind = _import_backend()

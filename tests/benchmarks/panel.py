@@ -21,11 +21,11 @@ LIMITS = {"move": 0.05, "first": 3.0, "time": 0.30, "memory": 0.25}
 
 def measure(method: str, **changes: float) -> dict[str, float]:
     """One run through a panel; seconds and MB."""
-    from rlnb import forecast
+    from rlnb.show import forecast
     from rlnb.record import runs
     from rlnb.train import methods as training
     from rlnb.model import memory
-    from rlnb.panel import Panel
+    from rlnb.show.panel import Panel
 
     training.find_or_train_sft(0)
     for run in runs.find(method=method):  # what is predicted shall come from a trial alone

@@ -80,7 +80,7 @@ def test_a_bad_row_of_a_file_is_named(change, says, tmp_path):
 
 def test_the_import_is_light():
     code = (
-        "import sys, rlnb.data.annotators, rlnb.data.preferences, rlnb.data.agreement, rlnb.data.labelling, rlnb.widgets\n"
+        "import sys, rlnb.data.annotators, rlnb.data.preferences, rlnb.data.agreement, rlnb.data.labelling, rlnb.show.widgets\n"
         "heavy = 'datasets', 'torch', 'trl', 'transformers', 'numpy', 'ipywidgets', 'pyarrow'\n"
         "print([m for m in heavy if m in sys.modules])"
     )

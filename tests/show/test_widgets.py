@@ -1,8 +1,8 @@
-"""rlnb.widgets: the same session behind buttons, keys and plain calls, and nothing else."""
+"""rlnb.show.widgets: the same session behind buttons, keys and plain calls, and nothing else."""
 
 import pytest
 
-from rlnb import widgets
+from rlnb.show import widgets
 from rlnb.data import labelling
 from rlnb.data.annotators import Gold
 

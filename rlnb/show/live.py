@@ -2,7 +2,7 @@
 
 `models.backend()` makes `progress()` the display of every trainer of transformers, TRL and rlnb.train.ppo,
 in place of a table that grows by a row each step. Where it shows is a screen: an output of a notebook's
-cell, lines in a terminal, or a panel (rlnb/panel.py). The drawings are SVG made here: they take
+cell, lines in a terminal, or a panel (rlnb/show/panel.py). The drawings are SVG made here: they take
 milliseconds beside a training and touch none of matplotlib's global state, so that they can be made
 in a thread.
 """
@@ -20,8 +20,8 @@ from contextvars import ContextVar
 from html import escape
 from typing import Any
 
-from rlnb import _drawing as draw
-from rlnb import plots
+from rlnb.show import drawing as draw
+from rlnb.show import plots
 from rlnb.record.values import number
 
 Rows = Sequence[Mapping[str, float]]

@@ -1,4 +1,4 @@
-"""rlnb.live: what a training shows, in a notebook, in a terminal, and in a thread of its own."""
+"""rlnb.show.live: what a training shows, in a notebook, in a terminal, and in a thread of its own."""
 
 import io
 import math
@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from rlnb import live
+from rlnb.show import live
 from rlnb.bootstrap import ROOT
 
 DPO = ("loss", "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm")

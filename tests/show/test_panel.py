@@ -12,11 +12,11 @@ import time
 
 import pytest
 
-from rlnb import forecast, live, run_table, widgets
+from rlnb.show import forecast, live, run_table, widgets
 from rlnb.record import runs
 from rlnb.train import recipes, methods as training
 from rlnb.model import memory, load as models
-from rlnb.panel import Panel
+from rlnb.show.panel import Panel
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,5 @@
 """The training panel: knobs for a method's settings, what a run will cost, its live curve, and a table
-of the runs of this notebook. `rlnb.widgets.panel("dpo")` makes one.
+of the runs of this notebook. `rlnb.show.widgets.panel("dpo")` makes one.
 
 It starts the same function that a code cell calls (rlnb.train.methods.dpo), in a thread, so that the
 kernel stays free. What a click does can be called as well: `set`, `run`, `stop`, `reset`, and the
@@ -16,12 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rlnb import forecast, live
+from rlnb.show import forecast, live
 from rlnb.record import machine, runs
 from rlnb.train import recipes, methods as training
 from rlnb.model import memory, load as models
 from rlnb.model.lora import VLLM_RANKS, check_rank
-from rlnb.run_table import RED, RunTable, block, button, held_out, labels, text
+from rlnb.show.run_table import RED, RunTable, block, button, held_out, labels, text
 
 # What a knob offers; the recipe's own value is added.
 OFFERED = {

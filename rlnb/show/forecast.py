@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlnb import live
+from rlnb.show import live
 from rlnb.record import machine, runs
 from rlnb.train import recipes
 from rlnb.model import memory, load as models

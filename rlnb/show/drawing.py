@@ -1,4 +1,4 @@
-"""What the figures of rlnb.plots are made of: the look, the frame, the axes, a curve, the numbers."""
+"""What the figures of rlnb.show.plots are made of: the look, the frame, the axes, a curve, the numbers."""
 
 import functools
 import math

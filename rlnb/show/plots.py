@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, pairwise
 from typing import Any
 
-from rlnb import _drawing as draw
-from rlnb._drawing import COLOURS, FAINT, INK
+from rlnb.show import drawing as draw
+from rlnb.show.drawing import COLOURS, FAINT, INK
 
 style = draw.style  # for figures of one's own
 

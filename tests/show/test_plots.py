@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.text import Text
 
-from rlnb import plots
+from rlnb.show import plots
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def test_errors_say_what_is_wrong(make, message):
 
 
 def test_importing_it_is_light():
-    code = "import sys, rlnb.plots; print(*{'matplotlib', 'numpy', 'torch'} & set(sys.modules))"
+    code = "import sys, rlnb.show.plots; print(*{'matplotlib', 'numpy', 'torch'} & set(sys.modules))"
     root = Path(__file__).resolve().parents[1]
     found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert found.stdout.strip() == "" and found.returncode == 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlnb.data import labelling
 
 if TYPE_CHECKING:
-    from rlnb.panel import Panel
+    from rlnb.show.panel import Panel
 
 KEYS = {"l": "left", "r": "right", "t": "tie", "s": "skip", "u": "undo"}
 LINE = "1px solid var(--jp-border-color1, #bdbdbd)"  # JupyterLab's colour, or one for Colab
@@ -31,7 +31,7 @@ def label(
 
 def panel(method: str, **options: Any) -> "Panel":
     """The training panel of a method: leave it as the last line of a cell. options: as for ``Panel``."""
-    from rlnb.panel import Panel
+    from rlnb.show.panel import Panel
 
     return Panel(method, **options)
 

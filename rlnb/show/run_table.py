@@ -8,7 +8,7 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from rlnb import _drawing as draw
+from rlnb.show import drawing as draw
 from rlnb.record import runs
 from rlnb.measure.evaluate import Proportion
 

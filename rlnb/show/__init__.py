@@ -1,0 +1,1 @@
+"""Figures, live curves and widgets."""
