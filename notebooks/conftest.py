@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nbval.plugin import IPyNbCell
 
-from rlnb.execute import is_progress_bar
+from rlnb.tools.notebooks import is_progress_bar
 
 _runs = tempfile.TemporaryDirectory()  # not among the user's own; goes when pytest ends
 os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])

@@ -11,8 +11,8 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlnb import bootstrap
-from rlnb.bootstrap import ROOT
+from rlnb.tools import setup as bootstrap
+from rlnb.tools.setup import ROOT
 
 PROFILES = ("cpu", "gpu", "smoke")
 METHODS = ("sft", "reward_model", "ppo", "rloo", "dpo", "kto", "orpo", "grpo")  # training.METHODS, but light
@@ -98,7 +98,7 @@ def _setup(arguments, rest) -> int:
 
 
 def _run(arguments, rest) -> int:
-    from rlnb import execute
+    from rlnb.tools import notebooks as execute
 
     jobs = arguments.jobs or execute.usual_jobs(arguments.names, arguments.write)
     return execute.main(arguments.names, out=arguments.out, write=arguments.write, jobs=jobs)
@@ -132,13 +132,13 @@ def _train(arguments, rest) -> int:
 
 
 def _compare(arguments, rest) -> int:
-    from rlnb import compare
+    from rlnb.tools import compare
 
     return compare.main(arguments)
 
 
 def _pretrain(arguments, rest) -> int:
-    from rlnb import pretrain
+    from rlnb.tools import pretrain
 
     return pretrain.main(rest)
 

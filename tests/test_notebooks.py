@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from rlnb.bootstrap import ROOT
+from rlnb.tools.setup import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("[!.]*.ipynb"))
 MACHINE = re.compile(r"(?<![\w.])/(?:home|root|Users|tmp|work|mnt|content|opt)/\w|[A-Z]:\\+Users")

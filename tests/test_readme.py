@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlnb import compare, grid
+from rlnb.tools import compare, grid
 from rlnb.train import recipes
 from rlnb.model import decode_cpu as decoding, lora
 from rlnb.__main__ import _parser
-from rlnb.bootstrap import ROOT
+from rlnb.tools.setup import ROOT
 from tests.benchmarks import judge, ppo_trl, rlhf
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -53,7 +53,7 @@ class Report(list):
 
 def machine() -> Report:
     """What works on this machine, a line each. It takes some seconds if it has to import Unsloth."""
-    from rlnb import checkup
+    from rlnb.tools import check_machine as checkup
 
     return Report(map(_look, checkup.LOOKS))
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy
 
-from rlnb import checkup
+from rlnb.tools import check_machine as checkup
 from rlnb.model import lora, memory
 
 # What TRL passes to a reward function beside the columns of the data set.

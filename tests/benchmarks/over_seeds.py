@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rlnb import compare, grid
+from rlnb.tools import compare, grid
 
 RESULTS = compare.OUT.parent
 

@@ -39,7 +39,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rlnb import bootstrap, files, grid
+from rlnb import files
+from rlnb.tools import setup as bootstrap, grid
 from rlnb.record import machine
 from rlnb.model import memory, load as models
 from rlnb.data import shapes as datasets

@@ -14,7 +14,7 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any
 
-from rlnb import compare
+from rlnb.tools import compare
 from rlnb.measure import evaluate
 from rlnb.train import recipes, methods as training
 from rlnb.model import load as models

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from rlnb.model import lora, memory, load as models
-from rlnb.bootstrap import ROOT
+from rlnb.tools.setup import ROOT
 from rlnb.model.load import ATTENTION, MLP, LoRA, load_model, save_adapter
 
 

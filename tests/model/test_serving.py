@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from rlnb.model import load as models, sampling, serving
-from rlnb.bootstrap import ROOT
+from rlnb.tools.setup import ROOT
 
 READY = """
 import http.server, sys

@@ -12,7 +12,8 @@ import sys
 
 import pytest
 
-from rlnb import __main__, bootstrap, checkup
+from rlnb import __main__
+from rlnb.tools import setup as bootstrap, check_machine as checkup
 from rlnb.record import doctor, runs
 from rlnb.model import load as models
 
@@ -237,7 +238,7 @@ def test_an_old_python_gets_as_far_as_the_message(name):
 ])  # fmt: skip
 def test_the_order_of_imports_is_reported(first, said):
     code = f"""{first}
-from rlnb import checkup
+from rlnb.tools import check_machine as checkup
 from rlnb.record import doctor
 checkup.LOOKS = (checkup.imports,)
 print(doctor.machine())"""

@@ -12,7 +12,7 @@ import pytest
 from nbclient import NotebookClient
 
 from rlnb.show import live
-from rlnb.bootstrap import ROOT
+from rlnb.tools.setup import ROOT
 
 DPO = ("loss", "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm")
 

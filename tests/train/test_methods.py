@@ -101,7 +101,7 @@ def test_two_processes_make_one_run(tmp_path):
     import subprocess
     import sys
 
-    from rlnb.bootstrap import ROOT
+    from rlnb.tools.setup import ROOT
 
     own = {"RLNB_PROFILE": "smoke", "RLNB_RUNS": str(tmp_path), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(

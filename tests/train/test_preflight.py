@@ -5,7 +5,7 @@ import warnings
 import pytest
 import tiny
 
-from rlnb import checkup
+from rlnb.tools import check_machine as checkup
 from rlnb.model import load as models
 from rlnb.data import preferences
 

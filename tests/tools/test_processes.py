@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlnb import processes
-from rlnb.bootstrap import ROOT
+from rlnb.tools import processes
+from rlnb.tools.setup import ROOT
 
 
 def who(number):
@@ -53,7 +53,7 @@ def test_a_process_that_dies_is_told():
 
 STARTS_ONE = """
 import time
-from rlnb import processes
+from rlnb.tools import processes
 
 if __name__ == "__main__":
     list(processes.side_by_side(time.sleep, [(0,)], jobs=1))

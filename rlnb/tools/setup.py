@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
 PYTHONS = ("3.11", "3.12", "3.13")
 STAMP = "rlnb-setup"  # in the environment's folder: its kind, then a fingerprint or UNFINISHED

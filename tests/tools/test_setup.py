@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from rlnb import bootstrap
+from rlnb.tools import setup as bootstrap
 
 ROOT = bootstrap.ROOT
 REQUIREMENT = re.compile(

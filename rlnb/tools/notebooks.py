@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
 
-from rlnb import files, processes
+from rlnb import files
+from rlnb.tools import processes
 from rlnb.record import runs
-from rlnb.bootstrap import ROOT, show_line
+from rlnb.tools.setup import ROOT, show_line
 
 NOTEBOOKS = ROOT / "notebooks"
 WIDGET = "application/vnd.jupyter.widget-view+json"

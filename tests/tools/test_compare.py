@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from rlnb import __main__, compare, grid
+from rlnb import __main__
+from rlnb.tools import compare, grid
 
 
 def rows(arm="SFT", shares=(50, 54, 52), **more):

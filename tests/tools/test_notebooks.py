@@ -14,8 +14,8 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from rlnb import execute
-from rlnb.bootstrap import ROOT
+from rlnb.tools import notebooks as execute
+from rlnb.tools.setup import ROOT
 
 
 def write(folder: Path, name: str, *sources: str) -> Path:

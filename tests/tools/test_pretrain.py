@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from rlnb import pretrain
+from rlnb.tools import pretrain
 from rlnb.model import load as models
 from rlnb.task import problems
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlnb import card
+from rlnb.tools import card
 from rlnb.task import problems
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from rlnb import files, grid
+from rlnb import files
+from rlnb.tools import grid
 from rlnb.show import plots
 from rlnb.measure import evaluate
 from rlnb.train import recipes
@@ -30,7 +31,7 @@ from rlnb.task import problems
 from rlnb.record import runs
 from rlnb.train import methods as training
 from rlnb.model import reward_model as reward_models, sampling
-from rlnb.grid import over_seeds
+from rlnb.tools.grid import over_seeds
 
 OUT = problems.DATA.parent / "results" / "methods.csv"
 SPLITS = {"id": 500, "templates": 250, "larger": 250, "deeper": 250, "rule": 250}  # problems of each

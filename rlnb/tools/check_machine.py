@@ -18,7 +18,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from rlnb import bootstrap
+from rlnb.tools import setup as bootstrap
 
 GB = 2**30
 MEMORY, DISK = (

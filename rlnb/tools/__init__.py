@@ -1,0 +1,1 @@
+"""What maintainers and the command line need, and no lesson."""
