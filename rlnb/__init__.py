@@ -3,24 +3,10 @@
 `import rlnb` loads nothing; `rlnb.model.load` and its kin are imported when they are first used.
 """
 
-import importlib
 import os
-from pathlib import Path
 
 __version__ = "0.1.0"
 # A thread of torch's that waits for the others spins, and takes the core from whatever else wants it:
 # beside one busy process training gets several times slower. So it spins briefly, then sleeps. libgomp
 # reads this when torch is loaded; OMP_WAIT_POLICY=active brings the old way back.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-_FILES = (*Path(__file__).parent.glob("[!_]*.py"), *Path(__file__).parent.glob("*/__init__.py"))
-_MODULES = sorted(p.parent.name if p.name == "__init__.py" else p.stem for p in _FILES)
-
-
-def __getattr__(name):
-    if name in _MODULES:
-        return importlib.import_module(f"rlnb.{name}")
-    raise AttributeError(f"module 'rlnb' has no attribute {name!r}")
-
-
-def __dir__():
-    return sorted([*globals(), *_MODULES])

@@ -159,7 +159,7 @@ def backend() -> tuple[str, ...]:
 
         return (models.backend(),)
     ask = (
-        "import torch; from rlnb import models; print(models.backend(), torch.cuda.is_available())"
+        "import torch; from rlnb.model import load; print(load.backend(), torch.cuda.is_available())"
     )
     path = os.pathsep.join(filter(None, [str(bootstrap.ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(

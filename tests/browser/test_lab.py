@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT / "html" / "browser"
 NOTEBOOK = "02_sft"
 CELLS = (  # behind the notebook's own, the last of which is its panel
-    "from rlnb import training\nrows = training.responses(SEED)",
+    "from rlnb.train import methods\nrows = methods.responses(SEED)",
     'widgets.label(rows, annotator="anna", path="labels")',
     "6 * 7",
 )

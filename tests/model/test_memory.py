@@ -198,7 +198,7 @@ def test_growth_is_measured_at_its_peak():
 def test_a_child_of_a_large_process_does_not_inherit_its_peak():
     """As getrusage says it does: a notebook's kernel is such a parent."""
     code = (
-        "from rlnb import memory\n"
+        "from rlnb.model import memory\n"
         "with memory.measured() as found: bytearray(64 * memory.MB)\n"
         "print(found.ram // memory.MB)"
     )

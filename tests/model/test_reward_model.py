@@ -80,6 +80,6 @@ def test_loading_prints_nothing():
     """transformers would report that the score head is new. In a process of its own, as its log goes
     to the stderr that was there when it was imported.
     """
-    code = "from rlnb import models, reward_models as r; r.load('abacus-3m', models.LoRA(rank=4))"
+    code = "from rlnb.model import load as models, reward_model as r; r.load('abacus-3m', models.LoRA(rank=4))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "score.weight" not in done.stdout + done.stderr

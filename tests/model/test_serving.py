@@ -116,7 +116,7 @@ def test_a_server_ends_with_the_process_that_started_it(folder, tmp_path):
     """However that ends: here by a signal that nobody can catch, as when a kernel is killed."""
     (tmp_path / "ready.py").write_text(READY)
     code = (
-        "import sys, time; from rlnb import serving\n"
+        "import sys, time; from rlnb.model import serving\n"
         "serving._server_command = lambda model, port: ["
         "sys.executable, '-c', serving.LEASH, 'ready', str(port)]\n"
         f"with serving.serve({str(folder)!r}) as server: print(server.url, flush=True); input()"

@@ -159,7 +159,7 @@ def test_runs_that_did_not_end_by_themselves():
         raise ValueError("no such row")
     assert doctor.run(stopped)[0].saw.startswith("interrupted, 4 of 9 steps logged, no adapter")
     assert "no such row" in doctor.run(failed)[0].saw
-    code = "import os; from rlnb import runs; run = runs.start('sft'); run.__enter__(); os._exit(1)"
+    code = "import os; from rlnb.record import runs; run = runs.start('sft'); run.__enter__(); os._exit(1)"
     subprocess.run([sys.executable, "-c", code], env=here())
     assert doctor.run(runs.latest(status="lost"))[0].saw.startswith("lost")
 
@@ -199,7 +199,7 @@ def test_broken_packages_are_what_it_reports(tmp_path):
 
 
 def test_missing_packages_are_what_it_reports():
-    code = f"import sys; sys.path.insert(0, {str(bootstrap.ROOT)!r}); from rlnb import doctor; sys.exit(doctor.main())"
+    code = f"import sys; sys.path.insert(0, {str(bootstrap.ROOT)!r}); from rlnb.record import doctor; sys.exit(doctor.main())"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and not done.stderr
     assert "missing: torch, transformers" in done.stdout
@@ -234,7 +234,7 @@ def test_an_old_python_gets_as_far_as_the_message(name):
 @pytest.mark.skipif(not importlib.util.find_spec("unsloth"), reason="Unsloth is not installed")
 @pytest.mark.parametrize("first, said", [
     ("import trl", "advice  imports   trl before unsloth, which patches it. Restart"),
-    ("from rlnb import models; models.backend(); import trl", "ok      imports   unsloth first"),
+    ("from rlnb.model import load; load.backend(); import trl", "ok      imports   unsloth first"),
 ])  # fmt: skip
 def test_the_order_of_imports_is_reported(first, said):
     code = f"""{first}

@@ -18,7 +18,7 @@ import torch
 import rlnb
 from rlnb.record import runs
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def registry(tmp_path, monkeypatch):
 
 def python(code, **options):
     """Starts Python on code that may use `runs`, in the test's registry."""
-    code = f"import os, time\nfrom rlnb import runs\n{code}"
+    code = f"import os, time\nfrom rlnb.record import runs\n{code}"
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, **options
     )

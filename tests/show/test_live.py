@@ -128,7 +128,7 @@ def test_a_notebook_gets_one_output_that_is_drawn_anew(monkeypatch):
     monkeypatch.delenv("RLNB_NOTEBOOK", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     made, shown, thread, after = kernel(
-        "from rlnb import live\nscreen = live.usual()\nlive.PAUSE = 0",
+        "from rlnb.show import live\nscreen = live.usual()\nlive.PAUSE = 0",
         "rows = [{'step': i + 1, 'seconds': i, 'loss': 1 / (i + 1)} for i in range(20)]\n"
         "for n in range(1, 21): screen.show(rows[:n], 20)\nscreen.end(rows, 20)",
         "import threading\nfrom IPython.display import display\n"

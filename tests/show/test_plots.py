@@ -233,7 +233,7 @@ def test_errors_say_what_is_wrong(make, message):
 
 def test_importing_it_is_light():
     code = "import sys, rlnb.show.plots; print(*{'matplotlib', 'numpy', 'torch'} & set(sys.modules))"
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert found.stdout.strip() == "" and found.returncode == 0
 

@@ -37,7 +37,7 @@ def test_a_notebook_runs_here_and_is_written_back_clean(tmp_path, out, capsys, m
         "lesson",
         "import os, sys, rlnb\n"
         "print(rlnb.__file__); print(sys.executable == os.environ['PARENT']); print(os.getcwd())",
-        "from rlnb import runs\n"
+        "from rlnb.record import runs\n"
         "with runs.start('sft') as run:\n    run.finish(strict={'k': 1, 'n': 3})\n"
         "print(run.notebook, file=sys.stderr)",
         "import ipywidgets\nipywidgets.IntSlider(3)",

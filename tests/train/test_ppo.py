@@ -1057,7 +1057,7 @@ def launch(base, folder, *command, **settings):
     folder.mkdir(exist_ok=True)
     file = folder / "run.py"
     file.write_text(SCRIPT)
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     return subprocess.run(
         [sys.executable, *command, str(file), str(base), str(folder), json.dumps(settings)],
         env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},

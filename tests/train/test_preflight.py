@@ -17,7 +17,7 @@ from trl import (  # noqa: E402
 )  # fmt: skip
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
 
-from rlnb.train import ppo, preflight
+from rlnb.train import ppo, preflight  # noqa: E402
 from rlnb.model import reward_model as reward_models, sampling  # noqa: E402
 
 LORA = models.LoRA(rank=4, alpha=16)
