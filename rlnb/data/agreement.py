@@ -1,6 +1,6 @@
 """How good preference labels are: do annotators agree, and what is odd about the data.
 
-    ranked = {a.name: annotate(rows, a) for a in (Gold(), Noisy(), Clarity())}
+    ranked = {a.name: annotate(rows, a) for a in (Verifier(), Noisy(), Clarity())}
     agreement(ranked)                     kappa of each two annotators, and of all
     report(ranked | {"pairs": pairs})     a column for each data set
 

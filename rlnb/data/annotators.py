@@ -1,6 +1,6 @@
 """Annotators: who compares responses, each with a name and a policy.
 
-    Gold()  Noisy(rate=0.2)  LengthBiased()  Clarity(detail=0.8)  AI(model, tokenizer)
+    Verifier()  Noisy(rate=0.2)  LengthBiased()  Clarity(detail=0.8)  AI(model, tokenizer)
 
 ``preferences.annotate`` lets one loose on rows of responses. One of your own is a class with a name
 and a ``score``.
@@ -44,7 +44,7 @@ class Annotator:
 
 
 @dataclass(frozen=True)
-class Gold(Annotator):
+class Verifier(Annotator):
     """The verifier: 1 for a strictly right response (format, answer and trace), else 0."""
 
     name: str = "gold"
@@ -61,7 +61,7 @@ class Noisy(Annotator):
     """
 
     rate: float = 0.2
-    of: Annotator = field(default_factory=Gold)
+    of: Annotator = field(default_factory=Verifier)
     name: str = "noisy"
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class LengthBiased(Annotator):
     """
 
     weight: float = 0.5
-    of: Annotator = field(default_factory=Gold)
+    of: Annotator = field(default_factory=Verifier)
     name: str = "length-biased"
 
     def score(self, question: str, answer: int, response: str) -> float:

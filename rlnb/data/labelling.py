@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlnb.data import preferences, agreement as quality
-from rlnb.data.annotators import Annotator, Comparison, Gold, Row
+from rlnb.data.annotators import Annotator, Comparison, Verifier, Row
 from rlnb.measure.evaluate import Proportion
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SIDES = ("left", "right")
-GOLD = Gold()
+GOLD = Verifier()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Preference data: responses sampled from a policy, what annotators say of them, TRL's shapes.
 
     rows = collect(model, tokenizer, problems)        several responses to each prompt
-    ranked = annotate(rows, annotators.Gold())        which is better than which
+    ranked = annotate(rows, annotators.Verifier())        which is better than which
     data, left_out = pairs(ranked)                    for the reward model, DPO and ORPO
     data, left_out = unpaired(ranked)                 for KTO
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlnb import files
-from rlnb.record import machine
+from rlnb import machine
 from rlnb.model import folders, load as models
 from rlnb.model.merging import Check, check_folder, check_in_place, write_merged
 from rlnb.model.sampling import Prompt

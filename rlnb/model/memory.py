@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlnb.record import machine
+from rlnb import machine
 from rlnb.model import attention
 from rlnb.model.folders import resolve
 from rlnb.model.lora import LoRA, skeleton, target_layers, vllm_rank, whole

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rlnb import files
-from rlnb.record import machine
+from rlnb import machine
 from rlnb.record.values import Table, fits_a_cell, jsonable, number, read_rows
 
 SCHEMA = 1  # of run.json; a reader skips what it does not know

@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlnb.show import live
-from rlnb.record import machine, runs
+from rlnb import machine
+from rlnb.record import runs
 from rlnb.train import recipes
 from rlnb.model import memory, load as models
 from rlnb.task import problems

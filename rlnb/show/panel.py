@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from rlnb.show import forecast, live
-from rlnb.record import machine, runs
+from rlnb import machine
+from rlnb.record import runs
 from rlnb.train import recipes, methods as training
 from rlnb.model import memory, load as models
 from rlnb.model.lora import VLLM_RANKS, check_rank

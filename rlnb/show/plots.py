@@ -21,7 +21,7 @@ LABELS = {
     "reward": "mean reward",
     "reward_std": "sd of reward in a group",
     "frac_reward_zero_std": "share of groups with equal rewards",
-    "rewards/format/mean": "mean format reward",
+    "rewards/format_reward/mean": "mean format reward",
     "rewards/correctness/mean": "mean correctness reward",
     "kl": "KL to the reference (nats per token)",
     "kl/sequence": "KL from the start (nats per completion)",

@@ -3,7 +3,7 @@
 A reward function gets, by keyword, `prompts`, `completions`, `completion_ids`, every column of the
 data set, `trainer_state`, `log_extra` and `log_metric`, and returns one number per completion, or
 None for a completion that it cannot judge. It takes what it needs and swallows the rest in
-`**columns`. By hand, `completions` may come first: `format(["<reasoning>..."])`.
+`**columns`. By hand, `completions` may come first: `format_reward(["<reasoning>..."])`.
 
 A completion is a string or, for conversational prompts, a list of messages such as
 `[{"role": "assistant", "content": "..."}]`.
@@ -69,7 +69,7 @@ def answer_only(
     return [float(grade.correct) for grade in grades]
 
 
-def format(completions: Sequence[Completion], **columns: Any) -> list[float]:
+def format_reward(completions: Sequence[Completion], **columns: Any) -> list[float]:
     """1.0 for a completion in the strict format, be the answer right or wrong, else 0.0."""
     return [float(grade(text(completion), "", 0).format) for completion in completions]
 

@@ -18,6 +18,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from rlnb import machine
 from rlnb.tools import setup as bootstrap
 
 GB = 2**30
@@ -26,7 +27,6 @@ MEMORY, DISK = (
     (0.2, 2),
 )  # GB free: below the first it won't work, below the second take care
 PATCHED = ("trl", "transformers", "peft")  # by Unsloth, so it has to be imported first
-BF16 = {"amx_bf16", "avx512_bf16", "bf16"}  # what CPUs call their instructions for it
 SETUP = "python -m rlnb setup"
 
 # --- the machine ---------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def cores() -> tuple[str, ...]:
     import torch
 
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    quota = _container("cpu.max")
+    quota = machine.container("cpu.max")
     if len(quota) == 2:
         count = min(count, max(1, quota[0] // quota[1]))
     threads, asked = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
@@ -59,23 +59,7 @@ def memory() -> tuple[str, ...]:
     import psutil
 
     total = psutil.virtual_memory().total / GB
-    return _enough(free_memory() / GB, f"of {total:.1f} GB free", MEMORY, "Shut down other kernels")
-
-
-def free_memory() -> int:
-    """Bytes that this process can still get: of the machine, or of its container if that has less."""
-    import psutil
-
-    limit, used = _container("memory.max"), _container("memory.current")
-    free = psutil.virtual_memory().available
-    return min(free, limit[0] - used[0]) if limit and used else free
-
-
-def _container(name: str) -> list[int]:
-    """The numbers in a file of cgroup v2; [] where there is no limit and outside of containers."""
-    file = Path("/sys/fs/cgroup", name)
-    words = file.read_text().split() if file.is_file() else []
-    return [int(word) for word in words] if all(map(str.isdigit, words)) else []
+    return _enough(machine.free_memory() / GB, f"of {total:.1f} GB free", MEMORY, "Shut down other kernels")
 
 
 def disk() -> tuple[str, ...]:
@@ -123,17 +107,11 @@ def bf16() -> tuple[str, ...]:
             return ("in the GPU's hardware",)
         return "not in the GPU's hardware", "advice", "Train with bf16=False, fp16=True"
     half, single = _gflops("bfloat16"), _gflops("float32")
-    names = ", ".join(sorted(cpu_bf16() or ["no instructions known"]))
+    names = ", ".join(sorted(machine.cpu_bf16() or ["no instructions known"]))
     saw = f"{names}: {half:.0f} GFLOP/s, float32 {single:.0f}"
     if half < single:
         return saw, "advice", "Slower than float32: train with bf16=False, as Unsloth does here"
     return (saw,)
-
-
-def cpu_bf16() -> set[str] | None:
-    """The CPU's instructions for bf16, by name; None where the system does not tell."""
-    file = Path("/proc/cpuinfo")
-    return BF16 & set(file.read_text().split()) if file.is_file() else None
 
 
 def _gflops(dtype: str, size: int = 512, seconds: float = 0.1) -> float:

@@ -71,7 +71,7 @@ def gold_pairs(held_out: bool = False, seed: int = 0, how: str = "random") -> "D
 
     how: "random" gives one pair of each prompt, "all" every pair (``preferences.pairs``).
     """
-    rows = preferences.annotate(responses(seed, held_out), annotators.Gold())
+    rows = preferences.annotate(responses(seed, held_out), annotators.Verifier())
     return preferences.pairs(rows, how)[0]
 
 
@@ -227,7 +227,7 @@ def grpo(
 
     from rlnb.model import sampling
 
-    weights = reward_weights or {rewards.correctness: 1.0, rewards.format: recipe.format_weight}
+    weights = reward_weights or {rewards.correctness: 1.0, rewards.format_reward: recipe.format_weight}
     with _start(recipe, seed, parent=parent) as run:
         trainer = GRPOTrainer(
             model=model,

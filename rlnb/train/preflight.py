@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy
 
-from rlnb.tools import check_machine as checkup
+from rlnb import machine
 from rlnb.model import lora, memory
 
 # What TRL passes to a reward function beside the columns of the data set.
@@ -127,7 +127,7 @@ def _settings(t: _Flight) -> None:
 
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             t.odd.append("this GPU only emulates bf16: set bf16=False, fp16=True")
-    elif t.args.bf16 and checkup.cpu_bf16() == set():
+    elif t.args.bf16 and machine.cpu_bf16() == set():
         t.odd.append("this CPU has no instructions for bf16: set bf16=False, which is faster here")
     usual = BASE * (WIDTH / t.config.hidden_size) ** EXPONENT
     usual *= (1 if t.adapter else 0.1) * (0.1 if "DPO" in t.name or "KTO" in t.name else 1)
@@ -252,7 +252,7 @@ def _need(t: _Flight, size: int) -> int:
 
 def _free(device: Any) -> int:
     if device.type != "cuda":
-        return checkup.free_memory()
+        return machine.free_memory()
     import torch
 
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

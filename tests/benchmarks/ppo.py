@@ -52,7 +52,7 @@ def trainer(lora: Any, steps: int, seed: int = 0, **settings: Any) -> ppo.PPOTra
     return ppo.PPOTrainer(
         model,
         ppo.PPOConfig(tempfile.mkdtemp(), max_steps=steps, seed=seed, **usual | settings),
-        [rewards.correctness, rewards.format],
+        [rewards.correctness, rewards.format_reward],
         datasets.prompts(problems.load("train")),
         tokenizer,
     )

@@ -41,7 +41,7 @@ from typing import Any
 
 from rlnb import files
 from rlnb.tools import setup as bootstrap, grid
-from rlnb.record import machine
+from rlnb import machine
 from rlnb.model import memory, load as models
 from rlnb.data import shapes as datasets
 from rlnb.task import problems

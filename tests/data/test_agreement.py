@@ -6,7 +6,7 @@ import random
 import pytest
 
 from rlnb.data import preferences, agreement as quality
-from rlnb.data.annotators import Annotator, Clarity, Gold, LengthBiased, Noisy
+from rlnb.data.annotators import Annotator, Clarity, Verifier, LengthBiased, Noisy
 from rlnb.measure.evaluate import Proportion
 from tests.rows import RIGHT, row
 
@@ -114,7 +114,7 @@ def both(first, second):
 def test_agreement_of_two_and_of_all():
     rows = [row(RIGHT, f"{i} + 1 = 17", f"It is {i}", id=str(i)) for i in range(60)]
     gold, noisy, other = (
-        preferences.annotate(rows, a) for a in (Gold(), Noisy(0.2), Noisy(0.2, name="other"))
+        preferences.annotate(rows, a) for a in (Verifier(), Noisy(0.2), Noisy(0.2, name="other"))
     )
     table = quality.agreement({"gold": gold, "noisy": noisy, "other": other})
     assert [line["annotators"] for line in table] == [
@@ -222,7 +222,7 @@ def test_a_length_bias_shows():
     rng = random.Random(4)
     rows = [row("x" * rng.randint(1, 40), "y" * rng.randint(1, 40), RIGHT, id=str(i))
             for i in range(200)]  # fmt: skip
-    gold, biased = (preferences.annotate(rows, a) for a in (Gold(), LengthBiased(0.5)))
+    gold, biased = (preferences.annotate(rows, a) for a in (Verifier(), LengthBiased(0.5)))
     table = quality.report({"gold": gold, "length-biased": biased})
     lines = {line[""]: line for line in table}
     assert lines["longer wins, equally right"]["gold"] is None  # all of those are ties
@@ -264,7 +264,7 @@ def test_a_report_on_labels():
 
 
 def test_a_report_on_what_trainers_get():
-    ranked = preferences.annotate([row(RIGHT, "17", id=str(i)) for i in range(3)], Gold())
+    ranked = preferences.annotate([row(RIGHT, "17", id=str(i)) for i in range(3)], Verifier())
     pairs, _ = preferences.pairs(ranked)
     table = quality.report({"pairs": pairs, "labels": preferences.unpair(pairs)})
     values = {line[""]: (line["pairs"], line["labels"]) for line in table}

@@ -6,13 +6,13 @@ from collections import Counter
 import pytest
 
 from rlnb.data import preferences
-from rlnb.data.annotators import AI, Clarity, Gold, LengthBiased, Noisy
+from rlnb.data.annotators import AI, Clarity, Verifier, LengthBiased, Noisy
 from tests import tiny
 from tests.rows import ANSWER, LOOSE, QUESTION, RIGHT, WRONG, Fixed, row
 
 
 def judged(*responses, annotator=None, id="a"):
-    return preferences.annotate([row(*responses, id=id)], annotator or Gold())
+    return preferences.annotate([row(*responses, id=id)], annotator or Verifier())
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from rlnb.data import labelling, preferences
-from rlnb.data.annotators import Gold, Noisy
+from rlnb.data.annotators import Verifier, Noisy
 from rlnb.measure.evaluate import Proportion
 from rlnb.data.labelling import Session
 
@@ -273,7 +273,7 @@ def test_the_answers_become_data_sets(tmp_path):
     answer_all(session)
     pairs, left_out = session.pairs()
     assert len(pairs) == 10 and left_out["ties"] == 1
-    ranked = [r for r in preferences.annotate(ROWS, Gold()) if r["id"] in pairs["id"][:]]
+    ranked = [r for r in preferences.annotate(ROWS, Verifier()) if r["id"] in pairs["id"][:]]
     gold, _ = preferences.pairs(ranked)
     assert pairs[:]["chosen"] == gold[:]["chosen"] and pairs[:]["prompt"] == gold[:]["prompt"]
     labels, left_out = session.unpaired(seed=1)
@@ -284,17 +284,17 @@ def test_the_answers_become_data_sets(tmp_path):
 
 def test_an_annotator_can_play(tmp_path):
     gold, noisy = Session(ROWS, "anna", tmp_path), Session(ROWS, "bob", tmp_path)
-    gold.play(Gold(), n=5)
+    gold.play(Verifier(), n=5)
     assert gold.progress["answered"] == 5
-    gold.play(Gold())
+    gold.play(Verifier())
     assert gold.current is None and gold.agreement() == {"gold": Proportion(12, 12)}
     noisy.play(Noisy(1.0))
     assert noisy.agreement()["gold"] == Proportion(0, 12)
     three = Session([row(1), row(2, "a", "b", "c"), row(3, "a", "b", row(3)["responses"][0])],
                     "cleo", tmp_path, k=3)  # fmt: skip
-    three.play(Gold())
+    three.play(Verifier())
     assert [label["choice"] in ("1", "2", "3") for label in three.labels.values()] == [
         True, False, True,
     ]  # fmt: skip
-    three.undo(), three.undo(), three.play(Noisy(0.0, of=Gold()))
+    three.undo(), three.undo(), three.play(Noisy(0.0, of=Verifier()))
     assert three.agreement()["gold"].mean == 1

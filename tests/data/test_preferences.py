@@ -9,13 +9,13 @@ import pytest
 
 from rlnb.data import annotators, preferences
 from rlnb.task import problems
-from rlnb.data.annotators import Clarity, Gold, Noisy
+from rlnb.data.annotators import Clarity, Verifier, Noisy
 from tests import tiny
 from tests.rows import LOOSE, QUESTION, RIGHT, WRONG, Fixed, row
 
 
 def judged(*responses, annotator=None, id="a"):
-    return preferences.annotate([row(*responses, id=id)], annotator or Gold())
+    return preferences.annotate([row(*responses, id=id)], annotator or Verifier())
 
 
 def says(messages):

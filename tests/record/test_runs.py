@@ -268,7 +268,7 @@ def test_the_callback_writes_each_log_at_once():
         handler = CallbackHandler([run.callback()], None, None, None, None)
         state = TrainerState(is_world_process_zero=True)
         control = handler.on_train_begin(None, state, TrainerControl())
-        logs = {"loss": 0.5, "rewards/format/mean": np.float32(0.25), "kl": torch.tensor(0.125),
+        logs = {"loss": 0.5, "rewards/format_reward/mean": np.float32(0.25), "kl": torch.tensor(0.125),
                 "none": None, "text": "0.5", "many": torch.ones(2)}  # fmt: skip
         for step, loss in enumerate((0.5, math.nan, -math.inf), 1):
             state.global_step = step
@@ -279,7 +279,7 @@ def test_the_callback_writes_each_log_at_once():
     curve = run.curve()
     seconds = [row.pop("seconds") for row in curve]
     assert seconds == sorted(seconds)
-    assert curve[0] == {"step": 1, "loss": 0.5, "rewards/format/mean": 0.25, "kl": 0.125}
+    assert curve[0] == {"step": 1, "loss": 0.5, "rewards/format_reward/mean": 0.25, "kl": 0.125}
     assert math.isnan(curve[1]["loss"]) and curve[2]["loss"] == -math.inf
     assert '"loss": "NaN"' in (run.folder / "curve.jsonl").read_text()
 

@@ -4,7 +4,7 @@ import pytest
 
 from rlnb.show import widgets
 from rlnb.data import labelling
-from rlnb.data.annotators import Gold
+from rlnb.data.annotators import Verifier
 
 ROWS = [
     {"id": f"p{i}", "question": f"{i} + 5?", "answer": i + 5, "kind": "gain",
@@ -59,7 +59,7 @@ def test_keys_are_one_letter_each(view):
 
 
 def test_at_the_end_only_undo_is_left(view):
-    view.session.play(Gold())
+    view.session.play(Verifier())
     view.refresh()
     assert [n for n, button in view.buttons.items() if not button.disabled] == ["undo"]
     assert "All answered" in view.prompt.value and view.bar.value == 6

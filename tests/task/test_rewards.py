@@ -31,7 +31,7 @@ def test_values_by_hand_for_strings_and_messages(shape):
     given = {"prompts": ["p"] * 4, "completions": shape(EXAMPLES), **COLUMNS}
     assert rewards.correctness(**given) == [1.0, 0.0, 0.0, 0.0]
     assert rewards.answer_only(**given) == [1.0, 0.0, 1.0, 1.0]
-    assert rewards.format(**given) == [1.0, 1.0, 1.0, 0.0]
+    assert rewards.format_reward(**given) == [1.0, 1.0, 1.0, 0.0]
 
 
 def test_gold_solutions_earn_everything():
@@ -39,7 +39,7 @@ def test_gold_solutions_earn_everything():
     columns = {"question": [p.question for p in gold], "answer": [p.answer for p in gold]}
     completions = [problems.solution(p) for p in gold]
     assert rewards.correctness(completions, **columns) == [1.0] * 24
-    assert rewards.format(completions) == [1.0] * 24
+    assert rewards.format_reward(completions) == [1.0] * 24
 
 
 def test_length_counts_tokens_and_stops_at_minus_one():
@@ -87,8 +87,8 @@ def test_factories_check_their_settings(make, message):
             lambda: rewards.correctness([GOLD], question=[QUESTION], answer=["14"]),
             r"answer 0 is '14', not a whole number.*dataset\.map",
         ),
-        (lambda: rewards.format([[]]), r"no text in the completion \[\]"),
-        (lambda: rewards.format([[{"role": "assistant", "content": None}]]), r"no text.*None"),
+        (lambda: rewards.format_reward([[]]), r"no text in the completion \[\]"),
+        (lambda: rewards.format_reward([[{"role": "assistant", "content": None}]]), r"no text.*None"),
     ],
 )
 def test_bad_columns_and_completions_are_named(call, message):
@@ -155,7 +155,7 @@ def test_checked_refuses_async_rewards_at_once():
 
 def test_combine_weighs_and_logs_the_parts():
     logged = {}
-    reward = rewards.combine({rewards.correctness: 1.0, rewards.format: 0.2}, name="total")
+    reward = rewards.combine({rewards.correctness: 1.0, rewards.format_reward: 0.2}, name="total")
     values = reward(completions=EXAMPLES, log_metric=logged.__setitem__, **COLUMNS)
     assert values == pytest.approx([1.2, 0.2, 0.2, 0.0])
     assert logged == {"rewards/total/correctness": 0.25, "rewards/total/format": 0.75}
@@ -196,7 +196,7 @@ def test_combine_checks_its_parts(parts, message):
 
 def test_they_take_all_that_trl_passes():
     total = rewards.combine({rewards.correctness: 1.0, rewards.length(9): 0.1}, name="total")
-    guarded = [rewards.checked(rewards.format), rewards.repetition(4), total]
+    guarded = [rewards.checked(rewards.format_reward), rewards.repetition(4), total]
     assert [fn.__name__ for fn in guarded] == ["format", "repetition_4", "total"]  # TRL logs these
     given = {"prompts": [[]] * 4, "completions": as_messages(EXAMPLES), **COLUMNS}
     given |= {"completion_ids": [[1] * 9] * 4, "trainer_state": None, "log_extra": None}

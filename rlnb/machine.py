@@ -94,3 +94,28 @@ def gpu() -> tuple[float | None, str | None]:
     if torch is None or not torch.cuda.is_initialized():
         return None, None
     return round(torch.cuda.max_memory_allocated() / 2**20, 1), torch.cuda.get_device_name()
+
+
+def free_memory() -> int:
+    """Bytes that this process can still get: of the machine, or of its container if that has less."""
+    import psutil
+
+    limit, used = container("memory.max"), container("memory.current")
+    free = psutil.virtual_memory().available
+    return min(free, limit[0] - used[0]) if limit and used else free
+
+
+def container(name: str) -> list[int]:
+    """The numbers in a file of cgroup v2; [] where there is no limit and outside of containers."""
+    file = Path("/sys/fs/cgroup", name)
+    words = file.read_text().split() if file.is_file() else []
+    return [int(word) for word in words] if all(map(str.isdigit, words)) else []
+
+
+BF16 = {"amx_bf16", "avx512_bf16", "bf16"}  # what CPUs call their instructions for it
+
+
+def cpu_bf16() -> set[str] | None:
+    """The CPU's instructions for bf16, by name; None where the system does not tell."""
+    file = Path("/proc/cpuinfo")
+    return BF16 & set(file.read_text().split()) if file.is_file() else None
