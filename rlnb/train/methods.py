@@ -1,53 +1,165 @@
-"""One run of each method as a plain function: what the notebooks show in their cells, for the command
-line, the benchmarks and every notebook that starts from an earlier result.
+"""Every method from one table: what the command line, the panel, the experiments and other notebooks run.
 
-    python -m rlnb train sft --seed 1
-    python -m rlnb train dpo
-    python -m rlnb train grpo --from base
+    train("dpo", seed=1)
+    train("dpo", start=sft_run, data=pairs, beta=1.0, max_steps=20)
 
-Every function returns its run, done, with the adapter saved and the held-out result in it. ``start``
-is "base", "sft" (the latest SFT run of the same model and seed, or one made now), a run, or the
-folder of a saved adapter.
+The notebooks make the same trainers in their cells, with the same settings, and hand them to the same ``fit``.
 """
 
-import argparse
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rlnb.data import annotators, preferences, shapes
+from rlnb.measure import evaluate, judge as judging
+from rlnb.model import LoRA, load_model, reward_model, sampling
+from rlnb.model.adapters import base_name, resolve
+from rlnb.profiles import PRACTICE, by, model_name, profile
 from rlnb.record import runs
-from rlnb.measure import evaluate
-from rlnb.train import recipes
-from rlnb.model import load as models
-from rlnb.data import annotators, shapes as datasets, preferences
-from rlnb.task import problems, rewards
+from rlnb.record.values import jsonable
+from rlnb.task import problems as task
+from rlnb.task import rewards
+from rlnb.train.loop import fingerprint, fit
+from rlnb.train.recipes import adapter, common, recipe
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import TrainerCallback
+from datasets import Dataset
 
-RESPONSES = problems.DATA.parent / "preferences" / "responses.jsonl"
-REWARD_MODEL = problems.DATA.parent / "reward-model"
+RESPONSES = task.DATA.parent / "preferences" / "responses.jsonl"
+REWARD_MODEL = task.DATA.parent / "reward-model"
 Start = str | Path | runs.Run
 
 
-def held_out(recipe: recipes.Recipe) -> list[problems.Problem]:
-    """The in-distribution test problems that every notebook reports on."""
-    return problems.load("id")[: recipe.test_problems]
+@dataclass(frozen=True)
+class Method:
+    """Where the classes are, and what a run starts and learns from unless it is told otherwise."""
+
+    module: str
+    name: str  # of the classes, without Config and Trainer
+    start: str  # "base", or "sft": the usual SFT run of the same seed
+    data: str  # a key of DATA
+
+    def classes(self) -> tuple[type, type]:
+        """The config's and the trainer's."""
+        module = importlib.import_module(self.module)
+        return getattr(module, f"{self.name}Config"), getattr(module, f"{self.name}Trainer")
 
 
-def collect_responses(seed: int = 0, n: int = 6) -> list[preferences.Row]:
-    """n samples of the SFT model to each training and each validation problem, made now."""
-    run = find_or_train_sft(seed)
-    model, tokenizer = models.load_model(recipes.model_name(), lora=run.adapter)
-    most = 24 if recipes.profile() == "smoke" else None
-    tasks = [p for split in ("train", "validation") for p in problems.load(split)[:most]]
-    return preferences.collect(
-        model, tokenizer, tasks, n, seed=seed, system=recipes.system(),
-        max_new_tokens=recipes.recipe("sft").max_new_tokens,
-    )  # fmt: skip
+METHODS = {
+    "sft": Method("trl", "SFT", "base", "demonstrations"),
+    "reward_model": Method("trl", "Reward", "base", "all pairs"),
+    "ppo": Method("rlnb.train.ppo", "PPO", "sft", "prompts"),
+    "rloo": Method("trl", "RLOO", "sft", "prompts"),
+    "dpo": Method("trl", "DPO", "sft", "pairs"),
+    "kto": Method("trl", "KTO", "sft", "labels"),
+    "orpo": Method("trl.experimental.orpo", "ORPO", "base", "pairs"),
+    "grpo": Method("trl", "GRPO", "sft", "prompts"),
+}
+FROM_BASE = ("sft", "reward_model")  # always
+
+
+def train(
+    method: str, seed: int = 0, *, start: Start | None = None, data: Dataset | None = None, reward: Any = None,
+    lora: LoRA | None = None, problems: Sequence[task.Problem] | None = None, max_lora_rank: int = 64,
+    callbacks: Sequence[Any] = (), **settings: Any,
+) -> runs.Run:  # fmt: skip
+    """One run of a method, done, with its adapter saved and its held-out result in it.
+
+    start: "base", "sft" (the usual SFT run of this seed, or one made now), a run, or an adapter's folder.
+    data: what to learn from. reward: for PPO, RLOO and GRPO, what their trainers take as reward_funcs.
+    lora: of a new adapter; a saved one keeps its own. problems: to measure on, see ``fit``.
+    settings: arguments of the method's config class in place of the recipe's, as beta=1.0.
+
+    Raises ValueError for an unknown method or empty data, TypeError for a setting that there is not.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
+    spec = METHODS[method]
+    if start not in (None, "base") and method in FROM_BASE:
+        raise ValueError(f"{method} starts from the base, and start is {start!r}: leave it out")
+    if data is not None and not len(data):
+        raise ValueError(f"data has no rows for {method}: leave it out for the workbook's, or give some")
+    start = spec.start if start is None else start
+    args = _config(method, start, seed, reward, settings)
+    lora = lora or adapter(method)
+    data = default_data(method, seed) if data is None else data
+    model, tokenizer, start = _policy(method, start, lora, seed, max_lora_rank)
+    more = _rewards(method, seed, reward)
+    trainer = spec.classes()[1](
+        model=model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=list(callbacks), **more
+    )
+    if method != "reward_model":
+        return fit(method, trainer, data, start=start, problems=problems)
+    run = fit(method, trainer, data, problems=())
+    unseen = judging.judge_pairs(model, tokenizer, gold_pairs(held_out=True, seed=seed))
+    run.finish(pair_accuracy=unseen.accuracy, pair_loss=unseen.loss)
+    return run
+
+
+def _config(method: str, start: Start, seed: int, reward: Any, settings: dict[str, Any]) -> Any:
+    config, _ = METHODS[method].classes()
+    if unknown := set(settings) - {field.name for field in fields(config)}:
+        raise TypeError(f"{config.__name__} has no argument {', '.join(sorted(unknown))}")
+    usual = recipe("grpo_from_base" if method == "grpo" and start == "base" else method)
+    if reward is not None:
+        usual.pop("reward_weights", None)  # they were for the usual rewards
+    return config(**common(config, seed) | usual | settings)
+
+
+def _policy(method: str, start: Start, lora: LoRA, seed: int, max_lora_rank: int) -> tuple[Any, Any, Start | None]:
+    """The model with its adapter, the tokenizer, and what the adapter came from (None: the base)."""
+    if method == "reward_model":
+        return *reward_model.load(model_name(), lora, seed=seed), None
+    if start == "base":
+        return *load_model(model_name(), lora, max_lora_rank=max_lora_rank, seed=seed), None
+    if start == "sft":
+        start = find_or_train_sft(seed, lora.rank)  # a saved adapter keeps its rank
+    saved = start.adapter if isinstance(start, runs.Run) else start
+    return *load_model(model_name(), saved, max_lora_rank=max_lora_rank, seed=seed), start
+
+
+def _rewards(method: str, seed: int, reward: Any) -> dict[str, Any]:
+    """What a trainer that samples takes beside the others' arguments."""
+    if METHODS[method].data != "prompts":
+        return {}
+    if reward is None and method == "grpo":
+        reward = [rewards.correctness, rewards.format_reward]
+    elif reward is None:
+        reward = judge(seed)
+        reward = reward if method == "ppo" else reward_model.as_reward(*reward_model.load(model_name(), reward))
+    return {"reward_funcs": reward} | ({"rollout_func": sampling.rollout} if method == "grpo" else {})
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def default_data(method: str, seed: int) -> Dataset:
+    """What a method learns from: as much as the profile has a budget for."""
+    kind = METHODS[method].data
+    if kind == "demonstrations":
+        return demonstrations(seed)
+    if kind == "prompts":
+        return shapes.prompts(task.load("train"))
+    if kind == "all pairs":
+        return _some(gold_pairs(seed=seed, how="all"), by(cpu=4096, smoke=32), seed)
+    pairs = _some(gold_pairs(seed=seed), by(cpu=512, smoke=32), seed)
+    return preferences.unpair(pairs, seed) if kind == "labels" else pairs
+
+
+def demonstrations(seed: int = 0) -> Dataset:
+    """Some of the worked examples, as prompts and completions."""
+    some = shapes.subset(task.load("demonstrations"), by(cpu=128, gpu=256, smoke=16), seed)
+    return shapes.prompt_completion(some)
+
+
+def gold_pairs(held_out: bool = False, seed: int = 0, how: str = "random") -> Dataset:
+    """Pairs that the verifier has compared, of the training or the held-out prompts.
+
+    how: "random" gives one pair of each prompt, "all" every pair (``preferences.pairs``).
+    """
+    ranked = preferences.annotate(responses(seed, held_out), annotators.Verifier())
+    return preferences.pairs(ranked, how)[0]
 
 
 def responses(seed: int = 0, held_out: bool = False) -> list[preferences.Row]:
@@ -58,321 +170,60 @@ def responses(seed: int = 0, held_out: bool = False) -> list[preferences.Row]:
     once and kept with its SFT run.
     """
     file = RESPONSES
-    if recipes.model_name() != "abacus-3m":
+    if model_name() != PRACTICE:
         file = find_or_train_sft(seed).folder / "responses.jsonl"
         if not file.is_file():
-            preferences.write(collect_responses(seed), file)
-    rows = preferences.read(file)
-    return [row for row in rows if row["id"].startswith("validation") == held_out]
+            preferences.write(sample_responses(seed), file)
+    return [row for row in preferences.read(file) if row["id"].startswith("validation") == held_out]
 
 
-def gold_pairs(held_out: bool = False, seed: int = 0, how: str = "random") -> "Dataset":
-    """Pairs that the verifier has compared, of the training or the held-out prompts.
+def sample_responses(seed: int = 0, n: int = 6) -> list[preferences.Row]:
+    """n samples of the SFT model to each training and each validation problem, made now."""
+    model, tokenizer = load_model(model_name(), find_or_train_sft(seed).adapter)
+    asked = [p for split in ("train", "validation") for p in task.load(split)[: by(cpu=None, smoke=24)]]
+    found = sampling.sample(
+        model, tokenizer, [task.prompt(p) for p in asked], n, seed=seed, max_new_tokens=evaluate.max_new_tokens()
+    )
+    return preferences.rows(asked, found.texts)
 
-    how: "random" gives one pair of each prompt, "all" every pair (``preferences.pairs``).
+
+def _some(rows: Dataset, n: int, seed: int) -> Dataset:
+    return shapes.subset(rows, min(n, len(rows)), seed)
+
+
+# --- earlier runs --------------------------------------------------------------------------------
+
+
+def find(
+    method: str, seed: int = 0, *, lora: LoRA | None = None, data: Dataset | None = None, **settings: Any
+) -> runs.Run | None:
+    """The latest finished run of this model and profile with the usual settings, or with these in their
+    place, and with its adapter still there. data: what it has to have learnt from, to the row.
     """
-    rows = preferences.annotate(responses(seed, held_out), annotators.Verifier())
-    return preferences.pairs(rows, how)[0]
-
-
-def carry_out(run: runs.Run, trainer: Any, recipe: recipes.Recipe) -> evaluate.Report:
-    """Trains, saves the adapter, measures on held-out problems and completes the run's record."""
-    with run.timer("train"):
-        trainer.train()
-    models.save_adapter(trainer.model, run.adapter)
-    report = evaluate.accuracy(
-        trainer.model, trainer.processing_class, held_out(recipe),
-        system=recipes.system(), max_new_tokens=recipe.max_new_tokens,
+    lora = lora or adapter(method.removesuffix("_from_base"))
+    wanted = recipe(method) | settings | {"rank": lora.rank, "alpha": lora.alpha}
+    if data is not None:
+        wanted["data"] = fingerprint(data)
+    found = runs.find(
+        method=method.removesuffix("_from_base"), model=base_name(resolve(model_name())), profile=profile(),
+        seed=seed, status="done",
     )  # fmt: skip
-    run.finish(**report.summary())
-    return report
-
-
-# --- methods -------------------------------------------------------------------------------------
-
-
-def sft(
-    seed: int = 0, recipe: recipes.SFT | None = None, data: "Dataset | None" = None
-) -> runs.Run:
-    """Supervised fine-tuning of the base (notebook 02) on prompts and completions, by default some
-    of the demonstrations.
-    """
-    recipe = recipe or recipes.recipe("sft")
-    if data is None:
-        demos = datasets.subset(problems.load("demonstrations"), recipe.demonstrations, seed)
-        data = datasets.prompt_completion(demos, recipes.system())
-    model, tokenizer, _ = _policy(recipe, seed, "base")
-    from trl import SFTConfig, SFTTrainer
-
-    with _start(recipe, seed, labels=len(data)) as run:
-        trainer = SFTTrainer(
-            model=model,
-            args=SFTConfig(**recipe.trl(run.folder, seed)),
-            train_dataset=data,
-            processing_class=tokenizer,
-            callbacks=[run.callback()],
-        )
-        carry_out(run, trainer, recipe)
-    return run
-
-
-def reward_model(
-    seed: int = 0, recipe: recipes.RewardModel | None = None, pairs: "Dataset | None" = None
-) -> runs.Run:
-    """A reward model (notebook 03) from pairs, by default all of the verifier's; judged on held-out
-    ones. On two cores the usual recipe takes some four minutes.
-    """
-    from rlnb.model import reward_model as reward_models
-
-    recipe = recipe or recipes.recipe("reward_model")
-    pairs = _some(pairs or gold_pairs(seed=seed, how="all"), recipe, seed)
-    lora = models.LoRA(rank=recipe.rank, alpha=recipe.alpha)
-    model, tokenizer = reward_models.load(recipes.model_name(), lora, seed=seed)
-    from trl import RewardConfig, RewardTrainer
-
-    with _start(recipe, seed, labels=len(pairs)) as run:
-        trainer = RewardTrainer(
-            model=model,
-            args=RewardConfig(**recipe.trl(run.folder, seed)),
-            train_dataset=pairs,
-            processing_class=tokenizer,
-            callbacks=[run.callback()],
-        )
-        with run.timer("train"):
-            trainer.train()
-        models.save_adapter(model, run.adapter)
-        unseen = reward_models.judge_pairs(model, tokenizer, gold_pairs(held_out=True, seed=seed))
-        run.finish(pair_accuracy=unseen.accuracy, pair_loss=unseen.loss)
-    return run
-
-
-def dpo(
-    seed: int = 0, recipe: recipes.DPO | None = None, start: Start = "sft",
-    pairs: "Dataset | None" = None,
-) -> runs.Run:  # fmt: skip
-    """DPO (notebook 05) on pairs, by default the verifier's."""
-    recipe = recipe or recipes.recipe("dpo")
-    pairs = _some(pairs, recipe, seed)
-    model, tokenizer, parent = _policy(recipe, seed, start)
-    from trl import DPOConfig, DPOTrainer
-
-    with _start(recipe, seed, labels=len(pairs), parent=parent) as run:
-        trainer = DPOTrainer(
-            model=model,
-            args=DPOConfig(**recipe.trl(run.folder, seed)),
-            train_dataset=pairs,
-            processing_class=tokenizer,
-            callbacks=[run.callback()],
-        )
-        carry_out(run, trainer, recipe)
-    return run
-
-
-def kto(
-    seed: int = 0, recipe: recipes.KTO | None = None, start: Start = "sft",
-    labels: "Dataset | None" = None,
-) -> runs.Run:  # fmt: skip
-    """KTO (notebook 06) on completions labelled good or bad, by default both sides of DPO's pairs."""
-    recipe = recipe or recipes.recipe("kto")
-    labels = labels or preferences.unpair(_some(None, recipe, seed), seed)
-    model, tokenizer, parent = _policy(recipe, seed, start)
-    from trl import KTOConfig, KTOTrainer
-
-    with _start(recipe, seed, labels=len(labels), parent=parent) as run:
-        trainer = KTOTrainer(
-            model=model,
-            args=KTOConfig(**recipe.trl(run.folder, seed)),
-            train_dataset=labels,
-            processing_class=tokenizer,
-            callbacks=[run.callback()],
-        )
-        carry_out(run, trainer, recipe)
-    return run
-
-
-def orpo(
-    seed: int = 0, recipe: recipes.ORPO | None = None, start: Start = "base",
-    pairs: "Dataset | None" = None,
-) -> runs.Run:  # fmt: skip
-    """ORPO (notebook 07) on pairs, from the base: imitation and preference in one stage."""
-    recipe = recipe or recipes.recipe("orpo")
-    pairs = _some(pairs, recipe, seed)
-    model, tokenizer, parent = _policy(recipe, seed, start)
-    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-
-    with _start(recipe, seed, labels=len(pairs), parent=parent) as run:
-        trainer = ORPOTrainer(
-            model=model,
-            args=ORPOConfig(**recipe.trl(run.folder, seed)),
-            train_dataset=pairs,
-            processing_class=tokenizer,
-            callbacks=[run.callback()],
-        )
-        carry_out(run, trainer, recipe)
-    return run
-
-
-def grpo(
-    seed: int = 0, recipe: recipes.GRPO | None = None, start: Start = "sft",
-    reward_weights: dict[Callable, float] | None = None,
-) -> runs.Run:  # fmt: skip
-    """GRPO (notebook 08) on prompts and a checker.
-
-    reward_weights gives a weight to each reward function; default: the checker at 1 and the format
-    at recipe.format_weight.
-    """
-    recipe = recipe or recipes.recipe("grpo_from_base" if start == "base" else "grpo")
-    model, tokenizer, parent = _policy(recipe, seed, start)
-    from trl import GRPOConfig, GRPOTrainer
-
-    from rlnb.model import sampling
-
-    weights = reward_weights or {rewards.correctness: 1.0, rewards.format_reward: recipe.format_weight}
-    with _start(recipe, seed, parent=parent) as run:
-        trainer = GRPOTrainer(
-            model=model,
-            args=GRPOConfig(**recipe.trl(run.folder, seed), reward_weights=list(weights.values())),
-            reward_funcs=list(weights),
-            train_dataset=datasets.prompts(problems.load("train"), recipes.system()),
-            processing_class=tokenizer,
-            rollout_func=sampling.rollout,
-            callbacks=[run.callback()],
-        )
-        carry_out(run, trainer, recipe)
-    return run
-
-
-def ppo(
-    seed: int = 0, recipe: recipes.PPO | None = None, start: Start = "sft",
-    reward: Any = None, callbacks: "Sequence[TrainerCallback]" = (),
-) -> runs.Run:  # fmt: skip
-    """RLHF with PPO (notebook 04): a critic, and a reward model's scores.
-
-    reward: what PPOTrainer takes as reward_funcs; default: the reward model that ``judge`` names.
-    callbacks: further ones, after the run's own.
-    """
-    recipe = recipe or recipes.recipe("ppo")
-    model, tokenizer, parent = _policy(recipe, seed, start)
-    from rlnb.train.ppo import PPOConfig, PPOTrainer
-
-    with _start(recipe, seed, parent=parent) as run:
-        trainer = PPOTrainer(
-            model=model,
-            args=PPOConfig(**recipe.trl(run.folder, seed)),
-            reward_funcs=reward or judge(seed),
-            train_dataset=datasets.prompts(problems.load("train"), recipes.system()),
-            processing_class=tokenizer,
-            callbacks=[run.callback(), *callbacks],
-        )
-        carry_out(run, trainer, recipe)
-    return run
-
-
-def rloo(
-    seed: int = 0, recipe: recipes.RLOO | None = None, start: Start = "sft",
-    reward: Callable | None = None, callbacks: "Sequence[TrainerCallback]" = (),
-) -> runs.Run:  # fmt: skip
-    """The same without a critic: TRL's RLOO (notebook 04) on the same reward model."""
-    from rlnb.model import reward_model as reward_models
-
-    recipe = recipe or recipes.recipe("rloo")
-    if reward is None:
-        reward = reward_models.as_reward(*reward_models.load(recipes.model_name(), judge(seed)))
-    model, tokenizer, parent = _policy(recipe, seed, start)
-    from trl import RLOOConfig, RLOOTrainer
-
-    with _start(recipe, seed, parent=parent) as run:
-        trainer = RLOOTrainer(
-            model=model,
-            args=RLOOConfig(**recipe.trl(run.folder, seed)),
-            reward_funcs=reward,
-            train_dataset=datasets.prompts(problems.load("train"), recipes.system()),
-            processing_class=tokenizer,
-            callbacks=[run.callback(), *callbacks],
-        )
-        carry_out(run, trainer, recipe)
-    return run
-
-
-METHODS = {f.__name__: f for f in (sft, reward_model, ppo, rloo, dpo, kto, orpo, grpo)}
-FROM_ANYWHERE = ("ppo", "rloo", "dpo", "kto", "orpo", "grpo")  # the others start from the base
+    same = (run for run in found if jsonable(wanted) == {key: run.config.get(key) for key in wanted})
+    return next((run for run in same if run.adapter.is_dir()), None)
 
 
 def find_or_train_sft(seed: int = 0, rank: int | None = None) -> runs.Run:
-    """The latest finished SFT run of this model, profile and seed with the usual settings, or with
-    them and this rank, and with its adapter still there; trains one if there is none.
-    """
-    return find_sft(seed, rank) or sft(seed, _sft_recipe(rank))
-
-
-def find_sft(seed: int = 0, rank: int | None = None) -> runs.Run | None:
-    """The same without training: None if there is none."""
-    return _find("sft", seed, _sft_recipe(rank))
-
-
-def _sft_recipe(rank: int | None) -> recipes.SFT:
-    usual = recipes.recipe("sft")
-    if rank is None:
-        return usual
-    return replace(usual, rank=rank, max_lora_rank=max(rank, usual.max_lora_rank))
+    """The usual SFT run of this seed, with this rank if one is given; trained now if there is none."""
+    lora = adapter("sft")
+    lora = lora if rank is None else replace(lora, rank=rank)
+    found = find("sft", seed, lora=lora, data=demonstrations(seed))
+    return found or train("sft", seed, lora=lora, max_lora_rank=max(64, lora.rank))
 
 
 def judge(seed: int = 0) -> Path:
-    """The folder of a reward model's adapter: the practice model's ships (data/reward-model), of
-    another model it is the latest run's with the usual settings, or one trained now.
+    """The folder of a reward model's adapter: the practice model's ships (data/reward-model), of another
+    model it is the latest run's with the usual settings, or one trained now.
     """
-    if recipes.model_name() == "abacus-3m":
+    if model_name() == PRACTICE:
         return REWARD_MODEL
-    return (_find("reward_model", seed) or reward_model(seed)).adapter
-
-
-def ship_reward_model() -> runs.Run:
-    """Trains the reward model that ships, and puts its adapter into data/reward-model."""
-    run = reward_model()
-    shutil.copytree(run.adapter, REWARD_MODEL, dirs_exist_ok=True)
-    return run
-
-
-def main(arguments: argparse.Namespace) -> int:
-    """``python -m rlnb train``: one run; prints its line of the registry."""
-    options = {"start": arguments.start} if arguments.start else {}
-    if options and arguments.method not in FROM_ANYWHERE:
-        raise SystemExit(f"{arguments.method} starts from the base: leave --from out.")
-    run = METHODS[arguments.method](arguments.seed, **options)
-    if run.folder.parent == runs.root():  # else another process tells it
-        print(runs.table([run]))
-    return 0
-
-
-# --- what they share -----------------------------------------------------------------------------
-
-
-def _policy(recipe: recipes.Recipe, seed: int, start: Start) -> tuple[Any, Any, str | None]:
-    """The model with its adapter, the tokenizer, and what the adapter came from (None: the base)."""
-    if isinstance(start, str) and start == "sft":
-        start = find_or_train_sft(seed, recipe.rank)  # a saved adapter keeps its rank
-    adapter = None if start == "base" else getattr(start, "adapter", start)
-    lora = adapter or models.LoRA(rank=recipe.rank, alpha=recipe.alpha)
-    model, tokenizer = models.load_model(
-        recipes.model_name(), lora=lora, max_lora_rank=recipe.max_lora_rank, seed=seed
-    )
-    return model, tokenizer, adapter and str(getattr(start, "id", start))
-
-
-def _start(recipe: recipes.Recipe, seed: int, **asked: Any):
-    return runs.start(recipe.method, model=recipes.model_name(), config=recipe, seed=seed, **asked)
-
-
-def _some(pairs: "Dataset | None", recipe: recipes.Pairs, seed: int) -> "Dataset":
-    """As many of the pairs (default: the verifier's) as the recipe has a budget for, or all there are."""
-    pairs = pairs or gold_pairs(seed=seed)
-    return datasets.subset(pairs, min(recipe.pairs, len(pairs)), seed)
-
-
-def _find(method: str, seed: int, recipe: recipes.Recipe | None = None) -> runs.Run | None:
-    usual = runs.jsonable(recipe or recipes.recipe(method))
-    found = runs.find(
-        method=method, model=recipes.model_name(), profile=recipes.profile(), seed=seed,
-        status="done",
-    )  # fmt: skip
-    return next((run for run in found if run.config == usual and run.adapter.is_dir()), None)
+    return (find("reward_model", seed) or train("reward_model", seed)).adapter

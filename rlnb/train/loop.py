@@ -1,0 +1,155 @@
+"""The one training loop around a trainer: what a notebook's cell, the command line, the panel and the
+experiments all call.
+
+    trainer = DPOTrainer(model=model, args=args, train_dataset=pairs, processing_class=tokenizer)
+    run = fit("dpo", trainer, pairs, start=sft_run)
+"""
+
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rlnb import machine
+from rlnb.measure import evaluate
+from rlnb.model.adapters import base_name, save_adapter
+from rlnb.record import progress, runs
+from rlnb.record.values import jsonable, number
+from rlnb.task.problems import Problem
+from rlnb.task.rewards import checked
+from rlnb.train import preflight
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+
+TRIM = 0.5  # seconds: how often at most a training gives freed memory back
+# What transformers' own arguments say of learning; the others are about folders, logs and devices.
+SHARED = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size",
+          "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay",
+          "max_grad_norm", "bf16", "fp16")  # fmt: skip
+
+
+def fit(
+    method: str, trainer: Trainer, data: Any = None, *, start: runs.Run | str | Path | None = None,
+    before: evaluate.Report | None = None, problems: Sequence[Problem] | None = None,
+) -> runs.Run:  # fmt: skip
+    """Check, train, save the adapter, measure, and keep a record of it all. Returns the run, done.
+
+    method: the run's name in the registry. trainer: of TRL, or PPOTrainer, made but not yet trained.
+    data: what it was given to learn from, default its train_dataset: to count rows that it left out.
+    start: what its adapter came from; None: the base. before: the start's report, for the record.
+    problems: to measure greedy answers on, default ``evaluate.held_out()``; () measures nothing. The
+        report is in ``run.report``.
+
+    Raises ValueError before anything is spent for what ``preflight.check`` finds, RewardError for a
+    reward that is no number. Ctrl-C keeps what was learnt.
+    """
+    # 1. check
+    preflight.check(trainer, data)
+    _guard_rewards(trainer)
+    # 2. train
+    model = trainer.model
+    data = trainer.train_dataset if data is None else data
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    with runs.start(
+        method, model=base_name(base.name_or_path), config=settings(trainer, data), seed=trainer.args.seed,
+        labels=0 if preflight.samples(trainer) else len(data),
+        parent=start if start is None or isinstance(start, runs.Run) else str(start),
+    ) as run:  # fmt: skip
+        trainer.args.output_dir = str(run.folder)
+        run.on_interrupt = lambda: _save(model, run)
+        trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+        recorder = Recorder(run)
+        trainer.add_callback(recorder)
+        with run.timer("train"):
+            trainer.train()
+        trainer.remove_callback(recorder)
+        # 3. save
+        _save(model, run)
+        # 4. measure
+        problems = evaluate.held_out() if problems is None else problems
+        if len(problems):
+            run.report = evaluate.accuracy(model, trainer.processing_class, problems)
+            started = {} if before is None else {"start": before.summary()}
+            run.finish(**run.report.summary(), **started)
+    return run
+
+
+def _guard_rewards(trainer: Trainer) -> None:
+    """Let no NaN and no missing number into a training unseen. PPOTrainer guards its own."""
+    rewards = getattr(trainer, "reward_funcs", [])
+    for i, reward in enumerate(rewards):
+        if not isinstance(reward, torch.nn.Module) and not inspect.iscoroutinefunction(reward):
+            rewards[i] = checked(reward)
+
+
+def settings(trainer: Trainer, data: Any) -> dict[str, Any]:
+    """What a trainer really uses, in its library's names; of the adapter rank, alpha and targets."""
+    args, model = trainer.args, trainer.model
+    own = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)}
+    found = {name: getattr(args, name) for name in (*SHARED, *sorted(own))}
+    if hasattr(trainer, "micro_batch_size"):  # PPOTrainer hands transformers' loop whole batches
+        given = trainer.micro_batch_size, args.per_device_train_batch_size // trainer.micro_batch_size
+        found["per_device_train_batch_size"], found["gradient_accumulation_steps"] = given
+    if adapter := getattr(model, "peft_config", {}).get("default"):
+        targets = adapter.target_modules
+        targets = targets if isinstance(targets, str) else sorted(targets)
+        found |= {"rank": adapter.r, "alpha": adapter.lora_alpha, "targets": targets}
+    return found | {"data": fingerprint(data)}
+
+
+def fingerprint(data: Any) -> str | None:
+    """Sixteen characters that differ where the rows do; None for data that is read as it comes."""
+    if not hasattr(data, "__len__"):
+        return None
+    digest = hashlib.sha256()
+    for row in data:
+        digest.update(json.dumps(jsonable(row), sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _save(model: Any, run: runs.Run) -> None:
+    if hasattr(model, "peft_config"):
+        save_adapter(model, run.adapter)
+    else:
+        model.save_pretrained(run.folder / "model")
+
+
+class Recorder(TrainerCallback):
+    """Puts what is logged into the run's curve and on the screen, and lets the screen stop a training."""
+
+    def __init__(self, run: runs.Run):
+        self.run, self.screen = run, progress.current_screen()
+        self.rows: list[Mapping[str, float]] = []
+        self.began = self.trimmed = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+        self.screen.begin(state.max_steps)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        numbers = {k: plain for k, v in (logs or {}).items() if (plain := number(v)) is not None}
+        self.run.log(state.global_step, **numbers)
+        if progress.metrics(numbers):
+            spent = time.perf_counter() - self.began
+            self.rows.append({"step": state.global_step, "seconds": spent, **numbers})
+            self.screen.show(self.rows, state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.perf_counter() - self.trimmed > TRIM:  # else a run's memory grows step by step
+            machine.trim()
+            self.trimmed = time.perf_counter()
+        control.should_training_stop |= self.screen.stopping
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.screen.end(self.rows, state.max_steps)
+        if self.screen.stopping and state.global_step < state.max_steps:
+            raise progress.Stopped(f"stopped at step {state.global_step} of {state.max_steps}")
