@@ -62,13 +62,13 @@ FROM_BASE = ("sft", "reward_model")  # always
 def train(
     method: str, seed: int = 0, *, start: Start | None = None, data: Dataset | None = None, reward: Any = None,
     lora: LoRA | None = None, problems: Sequence[task.Problem] | None = None, max_lora_rank: int = 64,
-    callbacks: Sequence[Any] = (), **settings: Any,
+    callbacks: Sequence[Any] = (), check: bool = True, **settings: Any,
 ) -> runs.Run:  # fmt: skip
     """One run of a method, done, with its adapter saved and its held-out result in it.
 
     start: "base", "sft" (the usual SFT run of this seed, or one made now), a run, or an adapter's folder.
     data: what to learn from. reward: for PPO, RLOO and GRPO, what their trainers take as reward_funcs.
-    lora: of a new adapter; a saved one keeps its own. problems: to measure on, see ``fit``.
+    lora: of a new adapter; a saved one keeps its own. problems, check: see ``fit``.
     settings: arguments of the method's config class in place of the recipe's, as beta=1.0.
 
     Raises ValueError for an unknown method or empty data, TypeError for a setting that there is not.
@@ -90,8 +90,8 @@ def train(
         model=model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=list(callbacks), **more
     )
     if method != "reward_model":
-        return fit(method, trainer, data, start=start, problems=problems)
-    run = fit(method, trainer, data, problems=())
+        return fit(method, trainer, data, start=start, problems=problems, check=check)
+    run = fit(method, trainer, data, problems=(), check=check)
     unseen = judging.judge_pairs(model, tokenizer, gold_pairs(held_out=True, seed=seed))
     run.finish(pair_accuracy=unseen.accuracy, pair_loss=unseen.loss)
     return run
@@ -195,10 +195,12 @@ def _some(rows: Dataset, n: int, seed: int) -> Dataset:
 
 
 def find(
-    method: str, seed: int = 0, *, lora: LoRA | None = None, data: Dataset | None = None, **settings: Any
-) -> runs.Run | None:
+    method: str, seed: int = 0, *, lora: LoRA | None = None, data: Dataset | None = None,
+    start: runs.Run | None = None, **settings: Any,
+) -> runs.Run | None:  # fmt: skip
     """The latest finished run of this model and profile with the usual settings, or with these in their
-    place, and with its adapter still there. data: what it has to have learnt from, to the row.
+    place, and with its adapter still there. data: what it has to have learnt from, to the row. start: the
+    run that it has to have started from.
     """
     lora = lora or adapter(method.removesuffix("_from_base"))
     wanted = recipe(method) | settings | {"rank": lora.rank, "alpha": lora.alpha}
@@ -206,7 +208,7 @@ def find(
         wanted["data"] = fingerprint(data)
     found = runs.find(
         method=method.removesuffix("_from_base"), model=base_name(resolve(model_name())), profile=profile(),
-        seed=seed, status="done",
+        seed=seed, status="done", **({"parent": start.id} if start else {}),
     )  # fmt: skip
     same = (run for run in found if jsonable(wanted) == {key: run.config.get(key) for key in wanted})
     return next((run for run in same if run.adapter.is_dir()), None)

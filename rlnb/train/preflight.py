@@ -184,7 +184,8 @@ def _rewards(t: _Checked) -> None:
     for fn in getattr(t.trainer, "reward_funcs", sources):
         if not callable(fn) or isinstance(fn, torch.nn.Module):
             continue
-        what, parameters = f"the reward function {getattr(fn, '__name__', fn)}", inspect.signature(fn).parameters.values()
+        what = f"the reward function {getattr(fn, '__name__', fn)}"
+        parameters = inspect.signature(fn).parameters.values()
         named = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
         if missing := {p.name for p in parameters if p.default is p.empty} & named - passed:
             there = f"the data set has {', '.join(sorted(t.columns))}"
