@@ -117,6 +117,6 @@ def test_what_cannot_teach_is_refused_unless_it_is_asked_for(make):
     with pytest.raises(ValueError, match="before training: the adapter is frozen"):
         fit("sft", frozen(), ROWS, problems=())
     assert not runs.find()
-    with pytest.raises(Exception, match="optimizer|grad"):
+    with pytest.raises(Exception, match=r"optimizer|grad"):
         fit("sft", frozen(), ROWS, problems=(), check=False)
     assert [run.status for run in runs.find()] == ["failed"]
