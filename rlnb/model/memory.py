@@ -65,43 +65,47 @@ def predict(
     The optimizer is torch's Adam: two numbers for each trainable parameter, in its type.
     Raises ValueError for a value out of range and for a config of no causal LM.
     """
+    config, empty = _read(model, batch, length, dtype)
+    autocast = autocast and dtype == "float32"
+    total = sum(parameter.numel() for parameter in empty.parameters())  # tied ones count once
+    layers = target_layers(empty, lora.targets) if lora else {}
+    added = lora.rank * _widths(layers) if lora else 0  # A is (rank, inputs), B is (outputs, rank)
+    trainable, width = (added, 4) if lora else (total, BYTES[dtype])
+    linear = target_layers(empty, "all-linear")
+    copies = 2 * sum(inputs * outputs for inputs, outputs in linear.values()) if autocast else 0
+    ranks = lora.rank * len(layers) if lora else 0
+    saved = activations(config, ranks, autocast, checkpointing) * BYTES[dtype] // 4
+    heads = config.num_attention_heads
+    if fused is None:
+        low = autocast or dtype != "float32"
+        fused = torch.cuda.is_available() or not attention.is_plain(batch, heads, length, length, low)
+    if not fused:  # the softmax in float32, and in 16 bits
+        saved += (1 if checkpointing else config.num_hidden_layers) * heads * length * 6
+    served = vllm_rank(max_lora_rank)  # in 16 bits, on every linear layer, at the cost of the KV cache
+    return Prediction(
+        parameters=total + added, trainable=trainable, adapter_file=4 * added,
+        weights=total * BYTES[dtype] + added * 4 + copies,
+        gradients=trainable * width, optimizer=trainable * width * 2, activations=batch * length * saved,
+        logits=batch * length * config.vocab_size * (16 if autocast else 12),
+        vllm=2 * served * _widths(linear), vllm_short=2 * served * 2 * config.hidden_size * len(linear),
+    )  # fmt: skip
+
+
+def _read(model: Any, batch: int, length: int, dtype: str) -> tuple[Any, torch.nn.Module]:
+    """The model's config and the model without weights, once the sizes are checked."""
     for name, value in (("batch", batch), ("length", length)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
     if dtype not in BYTES:
         raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(BYTES)}")
     config = AutoConfig.from_pretrained(resolve(model)) if isinstance(model, str | os.PathLike) else model
-    empty = skeleton(config)
-    if empty is None:
+    if (empty := skeleton(config)) is None:
         raise ValueError(f"{type(config).__name__} is the config of no causal LM of transformers")
-    autocast = autocast and dtype == "float32"
-    total = sum(parameter.numel() for parameter in empty.parameters())  # tied ones count once
-    layers = target_layers(empty, lora.targets) if lora else {}
-    rank = lora.rank if lora else 0
-    added = rank * sum(inputs + outputs for inputs, outputs in layers.values())  # A and B
-    trainable, width = (added, 4) if lora else (total, BYTES[dtype])
-    linear = target_layers(empty, "all-linear")
-    copies = 2 * sum(inputs * outputs for inputs, outputs in linear.values()) if autocast else 0
-    saved = activations(config, rank * len(layers), autocast, checkpointing) * BYTES[dtype] // 4
-    heads = getattr(config, "num_attention_heads", 0)
-    if fused is None:
-        plain = attention.is_plain(batch, heads, length, length, autocast or dtype != "float32")
-        fused = torch.cuda.is_available() or not plain
-    if not fused:  # the softmax in float32, and in 16 bits
-        saved += (1 if checkpointing else config.num_hidden_layers) * heads * length * 6
-    served = vllm_rank(max_lora_rank)  # in 16 bits, on every linear layer, at the cost of the KV cache
-    return Prediction(
-        parameters=total + added,
-        trainable=trainable,
-        adapter_file=4 * added,
-        weights=total * BYTES[dtype] + added * 4 + copies,
-        gradients=trainable * width,
-        optimizer=trainable * width * 2,
-        activations=batch * length * saved,
-        logits=batch * length * config.vocab_size * (16 if autocast else 12),
-        vllm=2 * served * sum(inputs + outputs for inputs, outputs in linear.values()),
-        vllm_short=2 * served * sum(2 * config.hidden_size for _ in linear),
-    )
+    return config, empty
+
+
+def _widths(layers: dict[str, tuple[int, int]]) -> int:
+    return sum(inputs + outputs for inputs, outputs in layers.values())
 
 
 def activations(config: Any, ranks: int, autocast: bool, checkpointing: bool = False) -> int:

@@ -118,7 +118,7 @@ def test_a_server_ends_with_the_process_that_started_it(folder, tmp_path):
     code = (
         "import sys, time; from rlnb.model import serving\n"
         "serving._server_command = lambda model, port: ["
-        "sys.executable, '-c', serving.LEASH, 'ready', str(port)]\n"
+        "sys.executable, '-c', serving.WATCHDOG, 'ready', str(port)]\n"
         f"with serving.serve({str(folder)!r}) as server: print(server.url, flush=True); input()"
     )
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
