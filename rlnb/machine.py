@@ -16,7 +16,8 @@ from typing import Any
 
 from rlnb import __version__
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "datasets", "accelerate", "vllm")
+PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "datasets", "accelerate",
+            "vllm")  # fmt: skip
 BF16 = {"amx_bf16", "avx512_bf16", "bf16"}  # what CPUs call their instructions for it
 
 
@@ -79,7 +80,7 @@ def trim() -> None:
 
 
 def linux_memory() -> dict[str, int]:
-    """This process's memory in bytes by Linux's names, as RssAnon, RssFile, VmHWM (the peak); {} elsewhere."""
+    """This process's memory in bytes by Linux's names: RssAnon, RssFile, VmHWM (the peak); {} elsewhere."""
     file = Path("/proc/self/status")
     rows = [row.split() for row in file.read_text().splitlines()] if file.is_file() else []
     return {row[0].rstrip(":"): 1024 * int(row[1]) for row in rows if row[-1] == "kB"}
@@ -87,7 +88,7 @@ def linux_memory() -> dict[str, int]:
 
 def peak_memory_mb() -> float:
     """The most memory that this process has held: since the reset on Linux, else since it began."""
-    if peak := linux_memory().get("VmHWM"):  # getrusage's outlives exec: a child would start with its parent's
+    if peak := linux_memory().get("VmHWM"):  # a child would take over its parent's peak from getrusage
         return round(peak / 2**20, 1)
     if sys.platform == "win32":
         import psutil

@@ -15,7 +15,7 @@ from rlnb.tools.setup import ROOT
 
 
 def with_a_screen(test):
-    """Puts a stream in the place of sys.stdout and sys.stderr, and hands what it holds to the test as `out`."""
+    """Puts a stream in the place of sys.stdout and sys.stderr; out() is what came to it."""
 
     def run():
         stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)

@@ -1,4 +1,4 @@
-"""From an adapter to a model that others run: merge, check the merge, write the folder with its model card."""
+"""From an adapter to a model that others run: merge, check the merge, write a folder with a model card."""
 
 import json
 import os
@@ -94,8 +94,7 @@ def export_merged(
         checks = _write_checked(model, tokenizer, new, prompts, dtype, max_new_tokens)
         if bad := [check for check in checks if not check.ok]:
             raise RuntimeError(f"nothing is saved: the merge is not base + adapter: {bad[0]}")
-        card = _model_card(model, checks, run, data, licence, folder.name)
-        files.write(new / "README.md", card)
+        files.write(new / "README.md", _model_card(model, checks, run, data, licence, folder.name))
         folders.swap(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -108,7 +107,7 @@ def export_gguf(
 ) -> list[Path]:
     """Write GGUF files for llama.cpp through Unsloth, which builds llama.cpp first, and return their paths.
 
-    Raises RuntimeError but on a GPU machine, and names the other way.
+    Raises RuntimeError where this is no GPU machine, and names the other way.
     """
     if (kind := backend()) != "unsloth-gpu":
         raise RuntimeError(
@@ -129,6 +128,7 @@ def _write_checked(
     """Write the merged model to the folder, and check it in place and as it was written."""
     if dtype not in TOLERANCE:
         raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(TOLERANCE)}")
+    own = str(next(model.parameters()).dtype).removeprefix("torch.")
     with adapters.merged(model):
         in_place = _answers(model, tokenizer, prompts, max_new_tokens)
     _write(model, tokenizer, folder, dtype)
@@ -138,7 +138,8 @@ def _write_checked(
         written, _ = load_model(folder, dtype=kind)
     _check_weights(model, written, dtype)
     on_disk = _answers(written, tokenizer, prompts, max_new_tokens)
-    return [_check(model, _dtype(model), *in_place), _check(model, dtype, *on_disk)]
+    tolerance = max(TOLERANCE[own], TOLERANCE[dtype])
+    return [_compare(model, own, TOLERANCE[own], *in_place), _compare(model, dtype, tolerance, *on_disk)]
 
 
 def _write(model: Any, tokenizer: Any, folder: Path, dtype: str) -> None:
@@ -204,19 +205,13 @@ def _logits(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor
     return torch.cat([row[cut] for row, cut in zip(logits, cuts, strict=True)])
 
 
-def _check(model: Any, dtype: str, rows: list, found: torch.Tensor) -> Check:
+def _compare(model: Any, dtype: str, tolerance: float, rows: list, found: torch.Tensor) -> Check:
     """found: (N, vocabulary), the merged model's logits at the N tokens of its answers."""
     expected = _logits(model, rows)
     difference = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    answers = [torch.tensor(answer) for _, answer in rows]
-    own = expected.argmax(-1).split([len(answer) for answer in answers])
-    same = sum(torch.equal(a, b) for a, b in zip(own, answers, strict=True))
-    tolerance = max(TOLERANCE[dtype], TOLERANCE[_dtype(model)])
+    own = expected.argmax(-1).split([len(answer) for _, answer in rows])
+    same = sum(tokens.tolist() == answer for tokens, (_, answer) in zip(own, rows, strict=True))
     return Check(dtype, float(difference), tolerance, same, len(rows))
-
-
-def _dtype(model: Any) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 # --- the model card ------------------------------------------------------------------------------
@@ -247,15 +242,15 @@ def _model_card(
     lines = ["---", *head, "---", "", f"# {name}", *_table(facts)]
     if run:
         lines += ["", f"## Result of run {run.id}", *_table(run.result)]
-        settings = {key: value for key, value in run.config.items() if _is_setting(value)}
-        first = sorted(settings, key=lambda key: key not in SETTINGS)[:25]
-        lines += ["", "## Settings", *_table({key: settings[key] for key in first})]
+        lines += ["", "## Settings", *_table(_settings(run.config))]
     return "\n".join(lines) + "\n"
 
 
-def _is_setting(value: Any) -> bool:
-    """A plain value, and no path of this machine."""
-    return isinstance(value, int | float | str) and not (isinstance(value, str) and Path(value).is_absolute())
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """At most 25 plain values that are set, the usual ones first; no path of this machine."""
+    names = [key for key, value in config.items() if isinstance(value, int | float | str)]
+    names = [key for key in names if not Path(str(config[key])).is_absolute()]
+    return {key: config[key] for key in sorted(names, key=lambda key: key not in SETTINGS)[:25]}
 
 
 def _table(rows: dict[str, Any]) -> list[str]:

@@ -57,7 +57,7 @@ def predict(
 
     model: as ``load_model`` takes it, or a config of transformers. lora: None is full fine-tuning.
     batch: sequences per forward pass, of `length` tokens each, prompt and padding included.
-    dtype: of the weights; PEFT keeps an adapter in float32. autocast: matrix products in bfloat16 (bf16=True).
+    dtype: of the weights; an adapter is in float32. autocast: matrix products in bfloat16 (bf16=True).
     checkpointing: keep each layer's input alone, and compute the rest again in the backward pass.
     max_lora_rank: for vLLM, which takes the next of its own ranks.
     fused: attention that keeps no weights; default: on a GPU, and where rlnb.model.attention is.
@@ -164,7 +164,8 @@ def try_out(
     Raises RuntimeError with the process's last words if it fails.
     """
     predicted = predict(name, lora, batch=batch, length=length, autocast=autocast)
-    task = {"name": str(name), "lora": lora and asdict(lora), "batch": batch, "length": length, "autocast": autocast}
+    task = {"name": str(name), "lora": lora and asdict(lora), "batch": batch, "length": length}
+    task["autocast"] = autocast
     own = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "rlnb.model.memory", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | own)

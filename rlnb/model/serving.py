@@ -80,8 +80,8 @@ def _server_command(model: str, port: int) -> list[str]:
         return [*watched, *vllm, *where]
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ImportError(
-            f"`transformers serve` needs {', '.join(missing)}, not installed here: run python -m rlnb setup, or "
-            "pip install -r requirements.txt"
+            f"`transformers serve` needs {', '.join(missing)}, not installed here: run python -m rlnb "
+            "setup, or pip install -r requirements.txt"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return [*watched, "transformers.cli.transformers", "serve", model, "--device", device, *where]
