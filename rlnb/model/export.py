@@ -178,7 +178,7 @@ def _check_weights(model: Any, written: Any, dtype: str) -> None:
 
 
 def _answers(model: Any, tokenizer: Any, prompts: Any, max_new_tokens: int) -> tuple[list, torch.Tensor]:
-    """The token ids of each prompt and of its greedy answer, and the answers' logits, as `_logits` has them."""
+    """The token ids of each prompt and of its greedy answer, and the `_logits` of the answers."""
     sampled = sampling.sample(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=0, progress=False
     )

@@ -66,7 +66,7 @@ def test_a_right_merge_passes(base, name, std, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_merge_into_a_16_bit_base_is_rounded_once(base, dtype):
-    """W + s B A is added up in float32, whatever the base's type is; by way of bfloat16 it would be another."""
+    """W + s B A is added up in float32, whatever the base's type is, and not by way of that."""
     model, tokenizer = with_an_adapter(base, dtype="bfloat16")
     checks = export.check_merge(model, tokenizer, PROMPTS, dtype=dtype, max_new_tokens=16)
     assert all(check.ok for check in checks), str(checks)
@@ -80,7 +80,8 @@ def merge_wrongly(patch, model, factor, one_layer, on_disk_alone):
     """Multiplies what a merge adds, to all layers or to the last of fourteen."""
     from peft.tuners.lora import Linear
 
-    right, last, write = Linear.get_delta_weight, list(adapters.lora_layers(model).values())[-1], export._write
+    last = list(adapters.lora_layers(model).values())[-1]
+    right, write = Linear.get_delta_weight, export._write
 
     def update(layer, name):
         return right(layer, name) * (factor if layer is last or not one_layer else 1)
@@ -201,7 +202,8 @@ def test_what_is_exported_is_16_bit_without_lora_and_without_a_path(pair, base, 
 
 
 def test_the_card_says_what_the_model_is_made_of(pair, tmp_path):
-    config = {"seed": 7, "output_dir": str(tmp_path), "warmup": None, "learning_rate": 2e-3, "beta": 0.1, "rank": 8}
+    config = {"seed": 7, "output_dir": str(tmp_path), "warmup": None, "learning_rate": 2e-3}
+    config |= {"beta": 0.1, "rank": 8}
     run = SimpleNamespace(
         id="20261120-sft", method="sft", seed=7, parent=None, labels=128,
         config=config | {f"other_{n}": n for n in range(40)},
