@@ -28,24 +28,24 @@ class _Routed(io.TextIOBase):
 
 
 @contextmanager
-def captured() -> Iterator[io.StringIO]:
-    """What this thread writes to sys.stdout and sys.stderr goes into the text that this yields.
+def captured(names: tuple[str, ...] = ("stdout", "stderr")) -> Iterator[io.StringIO]:
+    """What this thread writes to sys.stdout and sys.stderr, or to one of them, goes into the text yielded.
 
     contextlib.redirect_stdout would take from all threads: a training in the background of a notebook
     would swallow what the cells print meanwhile.
     """
     text, me = io.StringIO(), threading.get_ident()
     with _LOCK:
-        for name in ("stdout", "stderr"):
+        for name in names:
             if not isinstance(getattr(sys, name), _Routed):
                 setattr(sys, name, _Routed(getattr(sys, name)))
             getattr(sys, name).texts.setdefault(me, []).append(text)
-        streams = sys.stdout, sys.stderr
+        streams = [getattr(sys, name) for name in names]
     try:
         yield text
     finally:
         with _LOCK:
-            for name, routed in zip(("stdout", "stderr"), streams, strict=True):
+            for name, routed in zip(names, streams, strict=True):
                 routed.texts[me].pop()
                 routed.texts = {thread: texts for thread, texts in routed.texts.items() if texts}
                 if not routed.texts and getattr(sys, name) is routed:
