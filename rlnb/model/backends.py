@@ -80,7 +80,7 @@ def quiet(bars: bool = True) -> Iterator[None]:
             if logging.is_progress_bar_enabled():
                 logging.disable_progress_bar()
                 stack.callback(logging.enable_progress_bar)
-        text = stack.enter_context(captured(("stdout",)))
+        text = stack.enter_context(captured(stderr=False))
         try:
             yield
         except BaseException:
