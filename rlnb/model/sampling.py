@@ -1,8 +1,7 @@
 """The one way to sample completions: rollouts, evaluation and preference data all go through here.
 
 On a CPU our own loop decodes (rlnb/model/decode_cpu.py). On a GPU the model's own generate does (Unsloth's,
-where it is loaded), or vLLM where the model has an engine: both are untested on a GPU until
-tests/gpu has run on one.
+where it is loaded), or vLLM where the model has an engine.
 """
 
 import functools
@@ -10,12 +9,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rlnb.model.decode_cpu import Settings, decode, left_pad, lora_layers, up_to_end, view
+import torch
+from tqdm.auto import tqdm
 
-if TYPE_CHECKING:
-    import torch
+from rlnb.model.decode_cpu import Settings, decode, left_pad, up_to_end, view
+from rlnb.model.lora import lora_layers
 
 Prompt = str | list[dict[str, str]]
 
@@ -34,18 +34,10 @@ class Completions:
 
 
 def sample(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    n: int = 1,
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 256,
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], n: int = 1, *, max_new_tokens: int = 64,
+    temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, batch_size: int = 256,
     progress: str | bool | None = None,
-) -> Completions:
+) -> Completions:  # fmt: skip
     """Sample n completions of each prompt. The model and every random state stay as they are.
 
     prompts: chat messages, which get the chat template and its generation prompt, or plain strings.
@@ -79,18 +71,15 @@ def rollout(prompts: list[Prompt], trainer: Any) -> dict[str, list]:
     TRL 1.15 hands over each prompt num_generations times. Settings are the trainer's. The seed is
     drawn from torch's global generator, which the trainer seeds from args.seed, differently on each
     process, and restores on resuming. logprobs are vLLM's where the trainer uses vLLM, else None as
-    with TRL's own generate: it computes them itself where it needs them (the way through vLLM is
-    untested on a GPU until tests/gpu has run on one). RLOOTrainer has no such hook.
+    with TRL's own generate: it computes them itself where it needs them. RLOOTrainer has no such hook.
 
     Raises ValueError if the trainer asks for anything that this does not do.
     """
-    import torch
-
     _check_trainer(trainer)
-    model, tokenizer = trainer.model, trainer.processing_class
+    model, tokenizer, limit = trainer.model, trainer.processing_class, trainer.max_completion_length
     template = {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
     prompt_ids = tokenize(tokenizer, prompts, **template)
-    _check_lengths(model, prompt_ids, trainer.max_completion_length)
+    _check_lengths(model, prompt_ids, limit)
     if trainer.use_vllm:
         group = trainer.num_generations if model.training else trainer.num_generations_eval
         _, completion_ids, logprobs, _ = trainer.vllm_generation.generate(prompt_ids, None, group)
@@ -98,9 +87,7 @@ def rollout(prompts: list[Prompt], trainer: Any) -> dict[str, list]:
         logprobs = [[position[0] for position in row] for row in logprobs]
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
     seed = int(torch.randint(2**62, ()))
-    settings = _settings(
-        model, tokenizer, trainer.max_completion_length, trainer.temperature, trainer.top_p, seed
-    )
+    settings = _settings(model, tokenizer, limit, trainer.temperature, trainer.top_p, seed)
     completion_ids = _run(model, prompt_ids, settings, progress=False)
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
 
@@ -131,14 +118,12 @@ def tokenize(tokenizer: Any, prompts: Sequence[Prompt], **template: Any) -> list
 
 
 @contextmanager
-def inference(model: Any) -> "Iterator[torch.nn.Module]":
+def inference(model: Any) -> Iterator[torch.nn.Module]:
     """The model, ready to run without gradients.
 
     On a CPU this is a copy that shares the weights, so that nothing of the model is touched;
     elsewhere the model itself, switched to inference and back.
     """
-    import torch
-
     if _on_cpu(model):
         with torch.inference_mode():
             yield view(model)
@@ -152,34 +137,29 @@ def _switched(model: Any) -> Iterator[None]:
     """Unsloth's switches set more than the mode: checkpointing, the cache, which forward runs."""
     unsloth = hasattr(model, "for_inference")
     modes = [(module, module.training) for module in model.modules()]
-    kinds = [getattr(module, "gradient_checkpointing", False) for module in model.modules()]
+    checkpoints = [getattr(module, "gradient_checkpointing", False) for module in model.modules()]
     try:
         model.for_inference() if unsloth else model.eval()
         yield
     finally:
         if unsloth and modes[0][1]:
-            model.for_training(use_gradient_checkpointing=next(filter(None, kinds), False))
+            model.for_training(use_gradient_checkpointing=next(filter(None, checkpoints), False))
         for module, training in modes:
             module.training = training
 
 
 def _settings(
-    model: Any,
-    tokenizer: Any,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
+    model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float, seed: int,
     batch_size: int = 256,
-) -> Settings:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+) -> Settings:  # fmt: skip
+    for name, value, fine, says in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("batch_size", batch_size, batch_size >= 1, "1 or more"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or a positive number"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not fine:
+            raise ValueError(f"{name} must be {says}, not {value}")
     ends = model.generation_config.eos_token_id or []
     ends = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)} - {None}
     pad = tokenizer.pad_token_id or 0  # any token will do: padding is masked, and cut off
@@ -198,19 +178,16 @@ def _check_lengths(model: Any, prompt_ids: list[list[int]], max_new_tokens: int)
 
 def _check_trainer(trainer: Any) -> None:
     """What TRL's own generation does beyond temperature and top_p is refused, not ignored."""
-    plain = {"top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0, None)}
-    plain |= dict.fromkeys(("tools", "environments"), (None, []))
-    for name, values in plain.items():
-        if (value := getattr(trainer, name, None)) not in values:
+    for owner, name, values in (
+        (trainer, "top_k", (0, -1, None)), (trainer, "min_p", (None, 0.0)),
+        (trainer, "repetition_penalty", (1.0, None)), (trainer, "tools", (None, [])),
+        (trainer, "environments", (None, [])), (trainer.args, "generation_kwargs", (None, {})),
+    ):  # fmt: skip
+        if (value := getattr(owner, name, None)) not in values:
             raise ValueError(
                 f"sampling.rollout takes {name}={values[0]} only, and the trainer has {value!r}: "
                 "change that or leave rollout_func out"
             )
-    if trainer.args.generation_kwargs:
-        raise ValueError(
-            f"sampling.rollout takes no generation_kwargs, and the trainer has "
-            f"{trainer.args.generation_kwargs}: leave them or rollout_func out"
-        )
 
 
 def _on_cpu(model: Any) -> bool:
@@ -221,12 +198,9 @@ def _run(
     model: Any, rows: list[list[int]], settings: Settings, progress: str | bool | None
 ) -> list[list[int]]:
     """One completion for each row of prompt ids, by the engine that the model has."""
-    from tqdm.auto import tqdm
-
-    look = {"disable": progress is False, "leave": False, "delay": 2}  # seconds
-    if isinstance(progress, str):
-        look |= {"desc": progress, "delay": 0}
-    with tqdm(total=len(rows), **look) as bar:
+    delay = 0 if isinstance(progress, str) else 2  # seconds
+    label = progress if isinstance(progress, str) else None
+    with tqdm(total=len(rows), disable=progress is False, leave=False, delay=delay, desc=label) as bar:
         if getattr(model, "vllm_engine", None) is not None:
             return _with_vllm(model, rows, settings, bar.update)
         with inference(model) as module:
@@ -238,10 +212,8 @@ def _generate(
     model: Any, prompts: list[list[int]], s: Settings, done: Callable[[int], Any]
 ) -> list[list[int]]:
     """transformers' generate. Unsloth's forward for GPUs has a cache of its own, which only its own
-    generate knows. Untested on a GPU until tests/gpu has run on one.
+    generate knows.
     """
-    import torch
-
     how = {"do_sample": False}
     if s.temperature > 0:
         how = {"do_sample": True, "temperature": s.temperature, "top_p": s.top_p, "top_k": 0}
@@ -267,18 +239,16 @@ def _with_vllm(
     model: Any, prompts: list[list[int]], s: Settings, done: Callable[[int], Any]
 ) -> list[list[int]]:
     """The engine that Unsloth attaches with fast_inference=True. It holds the base's weights: the
-    adapter goes along with each request. Untested on a GPU until tests/gpu has run on one.
+    adapter goes along with each request.
     """
-    import torch
     from vllm import SamplingParams
 
     how = {"temperature": s.temperature, "top_p": s.top_p, "max_tokens": s.max_new_tokens}
     how["stop_token_ids"] = list(s.ends)
-    seeds = torch.randint(
-        2**62, (len(prompts),), generator=torch.Generator().manual_seed(s.seed)
-    ).tolist()
+    generator = torch.Generator().manual_seed(s.seed)
+    seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
     adapter = None
-    if any(not layer.disable_adapters for layer in lora_layers(model)):
+    if any(not layer.disable_adapters for layer in lora_layers(model).values()):
         adapter = model.load_lora(_adapter_folder().name, load_tensors=True)
     outputs = model.fast_generate(
         [{"prompt_token_ids": ids} for ids in prompts],
