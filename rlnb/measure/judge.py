@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def _expected_best(proxy: Sequence[float], gold: Sequence[float], n: int) -> flo
     _, place, sizes = np.unique(proxy, return_inverse=True, return_counts=True)  # lowest score first
     means = np.bincount(place, np.asarray(gold, float)) / sizes  # of the samples that share a score
     ways = [math.comb(last, n) for last in (0, *sizes.cumsum().tolist())]  # draws with nothing above it
-    return float(means @ [(b - a) / ways[-1] for a, b in zip(ways, ways[1:], strict=False)])
+    return float(means @ [(b - a) / ways[-1] for a, b in pairwise(ways)])
 
 
 def best_of_n_kl(n: int) -> float:
