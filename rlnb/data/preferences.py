@@ -108,7 +108,8 @@ def pairs(ranked: Iterable[Row], how: str = "all", seed: int = 0) -> "tuple[Data
             if reason := _unfit((chosen, rejected), seen):
                 left_out[reason] += 1
             else:
-                found.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, "id": row["id"]})
+                pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+                found.append(pair | {"id": row["id"]})
     if not found:
         raise ValueError(f"no pair is left; left out are {dict(left_out)}")
     return shapes.preference(found), left_out
@@ -133,7 +134,8 @@ def unpaired(ranked: Iterable[Row], seed: int = 0) -> "tuple[Dataset, Counter]":
             elif reason := _unfit((text, rank == 1), seen):
                 left_out[reason] += 1
             else:
-                found.append({"prompt": row["prompt"], "completion": text, "label": rank == 1, "id": row["id"]})
+                labelled = {"prompt": row["prompt"], "completion": text, "label": rank == 1}
+                found.append(labelled | {"id": row["id"]})
     random.Random(seed).shuffle(found)
     return shapes.unpaired(found), left_out
 

@@ -73,8 +73,8 @@ class Difference:
     n: int
 
     def __str__(self) -> str:
-        points = "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*(100 * x for x in (self.mean, self.low, self.high)))
-        return f"{points}; {self.gained} gained, {self.lost} lost of {self.n}"
+        mean, low, high = (f"{100 * x:+.1f}" for x in (self.mean, self.low, self.high))
+        return f"{mean} points [{low}, {high}]; {self.gained} gained, {self.lost} lost of {self.n}"
 
 
 def paired(gained: int, lost: int, n: int) -> Difference:

@@ -89,7 +89,8 @@ def best_of_n(
     proxy, the i-th is the best of n with probability C(i-1, n-1) / C(N, n). Equal proxy scores share
     their places. Raises ValueError for an n outside 1..N.
     """
-    return {n: float(np.mean([_expected_best(p, g, n) for p, g in zip(proxy, gold, strict=True)])) for n in ns}
+    prompts = list(zip(proxy, gold, strict=True))
+    return {n: float(np.mean([_expected_best(p, g, n) for p, g in prompts])) for n in ns}
 
 
 def _expected_best(proxy: Sequence[float], gold: Sequence[float], n: int) -> float:
