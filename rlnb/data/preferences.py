@@ -143,8 +143,8 @@ def unpaired(ranked: Iterable[Row], seed: int = 0) -> "tuple[Dataset, Counter]":
 def unpair(pairs: "Dataset", seed: int = 0) -> "Dataset":
     """Each pair as a good and a bad completion, in random order.
 
-    The rows of TRL's unpair_preference_dataset, which come all good, then all bad. A response that
-    won one comparison and lost another has both labels: ``agreement.measure`` counts these.
+    The rows of TRL's unpair_preference_dataset, which come all good, then all bad. A response that won
+    one comparison and lost another has both labels.
     """
     found = []
     for row in pairs:

@@ -153,7 +153,7 @@ def report(data: Mapping[str, Iterable[Row]]) -> pd.DataFrame:
 
 
 def measure(rows: Iterable[Row]) -> dict[str, Any]:
-    """What there is to know of annotated rows, pairs, or unpaired labels: counts and proportions.
+    """What there is to know of annotated rows, or of pairs: counts and proportions.
 
     Lengths are in characters. "longer wins" is the share of comparisons of unequal length that the
     longer text wins: far from a half is a bias, unless the better answers are longer. "longer wins,
@@ -162,15 +162,15 @@ def measure(rows: Iterable[Row]) -> dict[str, Any]:
     """
     rows = list(rows)
     columns = set(rows[0]) if rows else set()
-    for kind, needed in ((_annotations, {"comparisons"}), (_pairs, {"chosen", "rejected"}),
-                         (_labels, {"completion", "label"})):  # fmt: skip
-        if needed <= columns:
-            return kind(rows)
+    if "comparisons" in columns:
+        return _measure_annotations(rows)
+    if {"chosen", "rejected"} <= columns:
+        return _measure_pairs(rows)
     there = ", ".join(sorted(columns)) or "none"
-    raise ValueError(f"columns {there}: comparisons, or chosen and rejected, or label are needed")
+    raise ValueError(f"columns {there}: comparisons, or chosen and rejected are needed")
 
 
-def _annotations(rows: list[Row]) -> dict[str, Any]:
+def _measure_annotations(rows: list[Row]) -> dict[str, Any]:
     made = [(row, row["responses"][i], row["responses"][j], c)
             for row in rows for i, j, c in row["comparisons"]]  # fmt: skip
     if not made:
@@ -182,47 +182,31 @@ def _annotations(rows: list[Row]) -> dict[str, Any]:
         "comparisons": len(made),
         "of equal texts": sum(a == b for _, a, b, _ in made),
         "ties": Proportion(len(made) - len(wins), len(made)),
-        "longer wins": _longer((a, b) for _, a, b in wins),
+        **_lengths([(a, b) for _, a, b in wins]),
         "longer wins, equally right": _longer(equal),
-        **_lengths(chosen=[a for _, a, _ in wins], rejected=[b for _, _, b in wins]),
     }
 
 
-def _pairs(rows: list[Row]) -> dict[str, Any]:
+def _measure_pairs(rows: list[Row]) -> dict[str, Any]:
     texts = [tuple(_text(row[side]) for side in ("prompt", "chosen", "rejected")) for row in rows]
-    prompts, chosen, rejected = zip(*texts, strict=True)
     made = set(texts)
     return {
-        "prompts": len(set(prompts)),
+        "prompts": len({prompt for prompt, _, _ in texts}),
         "pairs": len(rows),
         "duplicates": len(rows) - len(made),
         "contradictions": sum((p, b, a) in made for p, a, b in made) // 2,
-        "longer wins": _longer(zip(chosen, rejected, strict=True)),
-        **_lengths(chosen=chosen, rejected=rejected),
+        **_lengths([(a, b) for _, a, b in texts]),
     }
 
 
-def _labels(rows: list[Row]) -> dict[str, Any]:
-    texts = [(_text(row["prompt"]), _text(row["completion"]), row["label"]) for row in rows]
-    good, bad = ([text for _, text, label in texts if label is side] for side in (True, False))
-    return {
-        "prompts": len({prompt for prompt, _, _ in texts}),
-        "labels": len(rows),
-        "good": Proportion(len(good), len(rows)),
-        "duplicates": len(rows) - len(set(texts)),
-        "contradictions": len(set(texts)) - len({text[:2] for text in texts}),
-        **_lengths(good=good, bad=bad),
-    }
+def _lengths(wins: list[tuple[str, str]]) -> dict[str, Any]:
+    means = [round(fmean(map(len, side)), 1) for side in zip(*wins, strict=True)] or [None, None]
+    return {"longer wins": _longer(wins), "chosen, characters": means[0], "rejected, characters": means[1]}
 
 
-def _longer(wins: Iterable[tuple[str, str]]) -> Proportion | None:
+def _longer(wins: list[tuple[str, str]]) -> Proportion | None:
     unequal = [len(a) > len(b) for a, b in wins if len(a) != len(b)]
     return Proportion(sum(unequal), len(unequal)) if unequal else None
-
-
-def _lengths(**sides: Sequence[str]) -> dict[str, float | None]:
-    return {f"{side}, characters": round(fmean(map(len, texts)), 1) if texts else None
-            for side, texts in sides.items()}  # fmt: skip
 
 
 def _strict(row: Row, text: str) -> bool:

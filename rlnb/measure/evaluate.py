@@ -39,17 +39,9 @@ class Report:
 
     rows: list[dict[str, Any]]
 
-    @property
-    def strict(self) -> Proportion:
-        return self.share("strict")
-
-    @property
-    def correct(self) -> Proportion:
-        return self.share("correct")
-
-    @property
-    def format(self) -> Proportion:
-        return self.share("format")
+    strict = property(lambda self: self.share("strict"))
+    correct = property(lambda self: self.share("correct"))
+    format = property(lambda self: self.share("format"))
 
     @property
     def mean_tokens(self) -> float:
@@ -127,13 +119,8 @@ class Passes:
     ks: tuple[int, ...]
     seed: int = 0
 
-    @property
-    def strict(self) -> dict[int, Estimate]:
-        return self.at("strict")
-
-    @property
-    def correct(self) -> dict[int, Estimate]:
-        return self.at("correct")
+    strict = property(lambda self: self.at("strict"))
+    correct = property(lambda self: self.at("correct"))
 
     def at(self, style: str = "strict", resamples: int = 2000) -> dict[int, Estimate]:
         """pass@k for each k, with the 95 % percentile bootstrap interval over problems.

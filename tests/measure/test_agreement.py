@@ -240,28 +240,14 @@ def test_a_report_on_pairs():
     }  # fmt: skip
 
 
-def test_a_report_on_labels():
-    def label(prompt, text, good):
-        return {"prompt": [{"role": "user", "content": prompt}], "label": good,
-                "completion": [{"role": "assistant", "content": text}]}  # fmt: skip
-
-    rows = [label("p", "aaa", True), label("p", "aaa", True), label("p", "aaa", False),
-            label("q", "a", True)]  # fmt: skip
-    assert agreement.measure(rows) == {
-        "prompts": 2, "labels": 4, "good": Proportion(3, 4), "duplicates": 1, "contradictions": 1,
-        "good, characters": 2.3, "bad, characters": 3.0,
-    }  # fmt: skip
-
-
 def test_a_report_on_what_trainers_get():
     ranked = preferences.annotate([row(RIGHT, "17", id=str(i)) for i in range(3)], Verifier())
-    pairs, _ = preferences.pairs(ranked)
-    table = agreement.report({"pairs": pairs, "labels": preferences.unpair(pairs)})
-    assert list(table.loc["pairs"]) == [3, ""] and list(table.loc["good"]) == ["", Proportion(3, 6)]
+    table = agreement.report({"annotations": ranked, "pairs": preferences.pairs(ranked)[0]})
+    assert list(table.loc["pairs"]) == ["", 3] and list(table.loc["ties"]) == [Proportion(0, 3), ""]
 
 
 def test_a_report_on_something_else():
-    with pytest.raises(ValueError, match="columns prompt: comparisons, or chosen and rejected"):
+    with pytest.raises(ValueError, match="columns prompt: comparisons, or chosen and rejected are"):
         agreement.measure([{"prompt": []}])
     with pytest.raises(ValueError, match="columns none"):
         agreement.measure([])
