@@ -28,7 +28,7 @@ READ_AT_ONCE = 32  # prompts: more fall out of the processor's cache, and need m
 
 @dataclass(frozen=True)
 class Settings:
-    """What a decoder needs to know beside the model and the prompts; max_new_tokens in tokens."""
+    """What a decoder needs to know beside the model and the prompts."""
 
     max_new_tokens: int
     temperature: float  # 0 is greedy

@@ -22,15 +22,12 @@ Prompt = str | list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Completions:
-    """What was sampled, as [prompt][sample].
-
-    ids hold neither the prompt nor padding, and end in the end token where `finished` is true.
-    texts leave special tokens out, as the completions do that TRL gives to reward functions.
+    """What was sampled, as [prompt][sample]. ids hold neither the prompt nor padding, and end in the end
+    token where the model ended. texts leave special tokens out, as in what TRL gives to reward functions.
     """
 
     texts: list[list[str]]
     ids: list[list[list[int]]]
-    finished: list[list[bool]]
 
 
 def sample(
@@ -57,12 +54,8 @@ def sample(
     draws = 1 if temperature == 0 else n
     flat = _run(model, [ids for ids in prompt_ids for _ in range(draws)], settings, progress)
     texts = tokenizer.batch_decode(flat, skip_special_tokens=True) if flat else []
-    finished = [ids[-1] in settings.ends for ids in flat]
-
-    def by_prompt(column: list) -> list[list]:
-        return [column[i : i + draws] * (n // draws) for i in range(0, len(flat), draws)]
-
-    return Completions(by_prompt(texts), by_prompt(flat), by_prompt(finished))
+    by_prompt = [slice(i, i + draws) for i in range(0, len(flat), draws)]
+    return Completions(*([column[rows] * (n // draws) for rows in by_prompt] for column in (texts, flat)))
 
 
 def rollout(prompts: list[Prompt], trainer: Any) -> dict[str, list]:
@@ -93,18 +86,14 @@ def rollout(prompts: list[Prompt], trainer: Any) -> dict[str, list]:
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[Prompt], **template: Any) -> list[list[int]]:
-    """The token ids of each prompt, as TRL's trainers make them.
-
-    Raises TypeError unless all prompts are strings or all are lists of messages, and ValueError for
-    a prompt without tokens.
+    """The token ids of each prompt, as TRL's trainers make them. Raises TypeError unless all prompts are
+    strings or all are lists of messages, and ValueError for a prompt without tokens.
     """
     kinds = {type(prompt) for prompt in prompts}
     if isinstance(prompts, str) or kinds not in (set(), {str}, {list}):
         names = "one string" if isinstance(prompts, str) else {kind.__name__ for kind in kinds}
-        raise TypeError(
-            f"prompts must be a list of strings or a list of conversations, not {names}"
-            + (": put the one conversation into a list" if kinds == {dict} else "")
-        )
+        hint = ": put the one conversation into a list" if kinds == {dict} else ""
+        raise TypeError(f"prompts must be a list of strings or a list of conversations, not {names}{hint}")
     if kinds == {list}:
         prompt_ids = tokenizer.apply_chat_template(
             list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **template
@@ -119,10 +108,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[Prompt], **template: Any) -> list
 
 @contextmanager
 def inference(model: Any) -> Iterator[torch.nn.Module]:
-    """The model, ready to run without gradients.
-
-    On a CPU this is a copy that shares the weights, so that nothing of the model is touched;
-    elsewhere the model itself, switched to inference and back.
+    """The model, ready to run without gradients: on a CPU a copy that shares the weights, so that nothing
+    of the model is touched; elsewhere the model itself, switched to inference and back.
     """
     if _on_cpu(model):
         with torch.inference_mode():
@@ -171,8 +158,8 @@ def _check_lengths(model: Any, prompt_ids: list[list[int]], max_new_tokens: int)
     for i, ids in enumerate(prompt_ids):
         if limit and len(ids) + max_new_tokens > limit:
             raise ValueError(
-                f"prompt {i} has {len(ids)} tokens and max_new_tokens is {max_new_tokens}, but the "
-                f"model has {limit} positions: shorten the prompt or set max_new_tokens lower"
+                f"prompt {i} has {len(ids)} tokens and max_new_tokens is {max_new_tokens}, but the model "
+                f"has {limit} positions: shorten the prompt or set max_new_tokens lower"
             )
 
 
@@ -194,13 +181,10 @@ def _on_cpu(model: Any) -> bool:
     return all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
-def _run(
-    model: Any, rows: list[list[int]], settings: Settings, progress: str | bool | None
-) -> list[list[int]]:
+def _run(model: Any, rows: list, settings: Settings, progress: str | bool | None) -> list[list[int]]:
     """One completion for each row of prompt ids, by the engine that the model has."""
-    delay = 0 if isinstance(progress, str) else 2  # seconds
-    label = progress if isinstance(progress, str) else None
-    with tqdm(total=len(rows), disable=progress is False, leave=False, delay=delay, desc=label) as bar:
+    look = {"desc": progress, "delay": 0} if isinstance(progress, str) else {"delay": 2}  # seconds
+    with tqdm(total=len(rows), disable=progress is False, leave=False, **look) as bar:
         if getattr(model, "vllm_engine", None) is not None:
             return _with_vllm(model, rows, settings, bar.update)
         with inference(model) as module:
@@ -208,15 +192,10 @@ def _run(
             return engine(module, rows, settings, bar.update)
 
 
-def _generate(
-    model: Any, prompts: list[list[int]], s: Settings, done: Callable[[int], Any]
-) -> list[list[int]]:
-    """transformers' generate. Unsloth's forward for GPUs has a cache of its own, which only its own
-    generate knows.
-    """
-    how = {"do_sample": False}
-    if s.temperature > 0:
-        how = {"do_sample": True, "temperature": s.temperature, "top_p": s.top_p, "top_k": 0}
+def _generate(model: Any, prompts: list, s: Settings, done: Callable[[int], Any]) -> list[list[int]]:
+    """The model's own generate: Unsloth's forward for GPUs has a cache that only that knows."""
+    sampled = {"do_sample": True, "temperature": s.temperature, "top_p": s.top_p, "top_k": 0}
+    how = sampled if s.temperature > 0 else {"do_sample": False}
     completions = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     with torch.random.fork_rng():
@@ -235,16 +214,14 @@ def _generate(
     return completions
 
 
-def _with_vllm(
-    model: Any, prompts: list[list[int]], s: Settings, done: Callable[[int], Any]
-) -> list[list[int]]:
+def _with_vllm(model: Any, prompts: list, s: Settings, done: Callable[[int], Any]) -> list[list[int]]:
     """The engine that Unsloth attaches with fast_inference=True. It holds the base's weights: the
     adapter goes along with each request.
     """
     from vllm import SamplingParams
 
-    how = {"temperature": s.temperature, "top_p": s.top_p, "max_tokens": s.max_new_tokens}
-    how["stop_token_ids"] = list(s.ends)
+    how = {"temperature": s.temperature, "top_p": s.top_p, "max_tokens": s.max_new_tokens,
+           "stop_token_ids": list(s.ends)}  # fmt: skip
     generator = torch.Generator().manual_seed(s.seed)
     seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
     adapter = None
@@ -253,9 +230,8 @@ def _with_vllm(
     outputs = model.fast_generate(
         [{"prompt_token_ids": ids} for ids in prompts],
         sampling_params=[SamplingParams(seed=seed, **how) for seed in seeds],
-        lora_request=adapter,
-        use_tqdm=False,
-    )
+        lora_request=adapter, use_tqdm=False,
+    )  # fmt: skip
     done(len(prompts))
     return [list(output.outputs[0].token_ids) for output in outputs]
 
