@@ -1,8 +1,8 @@
-"""The mathematics of PPO for language models, as functions of tensors that know no model and no trainer.
+"""The formulas of PPO for language models, as functions of tensors that know no model and no trainer.
 
-Shapes: B completions of at most T tokens. A (B, T) tensor has one number per token, and `mask`, (B, T)
-and boolean, says which tokens are there: each row is a run of True from the left, then padding. What
-stands at padding is never read, so it may be anything. KL and log-probabilities are in nats.
+A name ends in its shape: B completions of at most T tokens, or N tokens in one row. `mask_BT` is boolean
+and says which tokens are there: each row is a run of True from the left, then padding. What stands at
+padding is never read, so it may be anything. KL and log-probabilities are in nats.
 
 Papers: Schulman et al. 2017, PPO, arXiv 1707.06347; Schulman et al. 2016, GAE, arXiv 1506.02438;
 Ziegler et al. 2019, Fine-tuning from human preferences, arXiv 1909.08593; Stiennon et al. 2020,
@@ -10,65 +10,33 @@ arXiv 2009.01325; Ouyang et al. 2022, InstructGPT, arXiv 2203.02155.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+import rlnb.model  # noqa: F401  Unsloth first
 import torch
 from torch import Tensor
 
-Total = Callable[[Tensor], Tensor]  # sums a tensor over all processes
 
+def kl_estimate(log_probs: Tensor, reference: Tensor) -> Tensor:
+    """An estimate of KL(policy || reference) from each token that the policy has drawn: log p - log q.
 
-def alone(x: Tensor) -> Tensor:
-    """The `Total` of a single process."""
-    return x
-
-
-def masked_moments(x: Tensor, mask: Tensor, total: Total = alone) -> tuple[Tensor, Tensor]:
-    """Mean and variance (over n, not n - 1) of the tokens that are there, over all processes."""
-    n = total(mask.sum().to(x.dtype))
-    mean = total(x.masked_fill(~mask, 0).sum()) / n
-    return mean, total((x - mean).masked_fill(~mask, 0).square().sum()) / n
-
-
-def whiten(x: Tensor, mask: Tensor, shift: bool = True, total: Total = alone) -> Tensor:
-    """x with variance 1 over the tokens that are there, and with mean 0 if `shift`; 0 at padding.
-
-    Advantages are shifted, which makes the batch's mean the baseline. Rewards are not: their sign
-    says what is better than nothing.
+    It is unbiased and may be negative (k1 in J. Schulman, Approximating KL Divergence, 2020). As a
+    penalty in the reward it is the estimate whose expected gradient is right.
     """
-    mean, variance = masked_moments(x, mask, total)
-    white = (x - mean) * (variance + 1e-8).rsqrt()
-    return (white if shift else white + mean).masked_fill(~mask, 0)
+    return log_probs - reference
 
 
-def kl_estimate(log_probs: Tensor, reference: Tensor, kind: str = "k1") -> Tensor:
-    """An estimate of KL(policy || reference) from each token that the policy has drawn.
-
-    With d = log p - log q of the token: k1 = d, which is unbiased and may be negative, and
-    k3 = exp(-d) - 1 + d, which is unbiased and never negative (J. Schulman, Approximating KL
-    Divergence, 2020). As a penalty in the reward only k1 has the right expected gradient.
-    """
-    d = log_probs - reference
-    if kind == "k1":
-        return d
-    if kind == "k3":
-        return torch.expm1(-d) + d
-    raise ValueError(f"the KL estimator is {kind!r}: it must be 'k1' or 'k3'")
-
-
-def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """The reward of each token: minus kl_coef times its KL, and on the last the score as well.
+def token_rewards(score_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, kl_coef: float) -> Tensor:
+    """The reward of each token: minus kl_coef times its KL, and on the last the completion's score too.
 
     Ziegler et al. 2019, eq. 2; Ouyang et al. 2022, eq. 2: R(x, y) = r(x, y) - beta log(pi / pi_ref).
-    scores: (B,), of whole completions.
     """
-    rewards = (-kl_coef * kl).masked_fill(~mask, 0)
-    rewards[torch.arange(len(scores)), mask.sum(1) - 1] += scores
-    return rewards
+    rewards_BT = (-kl_coef * kl_BT).masked_fill(~mask_BT, 0)
+    rewards_BT[torch.arange(len(score_B)), mask_BT.sum(1) - 1] += score_B
+    return rewards_BT
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation: advantages and returns, both (B, T), 0 at padding.
 
@@ -78,90 +46,67 @@ def gae(
     rewards less V_t (eq. 18: unbiased). The last token ends the episode, whether or not it is the end
     token: beyond it V = 0. The return, which V is fitted to, is A_t + V_t.
     """
-    advantages = torch.zeros_like(rewards)
-    advantage = next_value = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, 0)
-        next_value = torch.where(mask[:, t], values[:, t], 0)
-        advantages[:, t] = advantage
-    return advantages, (advantages + values).masked_fill(~mask, 0)
+    advantages_BT = torch.zeros_like(rewards_BT)
+    advantage_B = next_value_B = torch.zeros_like(rewards_BT[:, 0])
+    for t in reversed(range(rewards_BT.shape[1])):
+        delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
+        advantage_B = torch.where(mask_BT[:, t], delta_B + gamma * lam * advantage_B, 0)
+        next_value_B = torch.where(mask_BT[:, t], values_BT[:, t], 0)
+        advantages_BT[:, t] = advantage_B
+    return advantages_BT, (advantages_BT + values_BT).masked_fill(~mask_BT, 0)
+
+
+def whiten(x_BT: Tensor, mask_BT: Tensor, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """x with mean 0 and variance 1 (over n, not n - 1) over the tokens that are there, and 0 at padding.
+
+    total: sums a tensor over all processes; default: there is one.
+    """
+    n = total(mask_BT.sum().to(x_BT.dtype))
+    mean = total(x_BT.masked_fill(~mask_BT, 0).sum()) / n
+    variance = total((x_BT - mean).masked_fill(~mask_BT, 0).square().sum()) / n
+    return ((x_BT - mean) * (variance + 1e-8).rsqrt()).masked_fill(~mask_BT, 0)
 
 
 def policy_loss(
-    log_probs: Tensor, old: Tensor, advantages: Tensor, cliprange: float
+    log_probs_N: Tensor, old_N: Tensor, advantages_N: Tensor, cliprange: float
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, negated, and whether the clip holds the token back: per token.
 
     PPO (2017), eq. 7: L = min(r A, clip(r, 1 - eps, 1 + eps) A) with r = p / p_old (eq. 6). Where the
     clip decides, the gradient is 0: the policy has moved far enough on this token for this batch.
     """
-    ratio = (log_probs - old).exp()
-    free, clipped = ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
-    return -torch.minimum(free, clipped), clipped < free
+    ratio_N = (log_probs_N - old_N).exp()
+    free_N = ratio_N * advantages_N
+    clipped_N = ratio_N.clamp(1 - cliprange, 1 + cliprange) * advantages_N
+    return -torch.minimum(free_N, clipped_N), clipped_N < free_N
 
 
 def value_loss(
-    values: Tensor, old: Tensor, returns: Tensor, cliprange: float | None
+    values_N: Tensor, old_N: Tensor, returns_N: Tensor, cliprange: float | None
 ) -> tuple[Tensor, Tensor]:
     """Half the squared error of the value, and whether the clip holds it back: per token.
 
     As in OpenAI's baselines and in Stiennon et al. (2020) the larger of two errors counts, that of V
-    and that of V kept within `cliprange` of what it was at the rollout; None: no clipping.
+    and that of V held within `cliprange` of what it was at the rollout; None: no clipping.
     """
-    error = (values - returns).square()
+    error_N = (values_N - returns_N).square()
     if cliprange is None:
-        return 0.5 * error, torch.zeros_like(error, dtype=torch.bool)
-    kept = (torch.clamp(values, old - cliprange, old + cliprange) - returns).square()
-    return 0.5 * torch.maximum(error, kept), kept > error
-
-
-def adapted_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon: float) -> float:
-    """The next coefficient of the KL penalty, larger if `kl` (nats per sequence) is above target.
-
-    Ziegler et al. (2019), 2.2: e = clip(kl / target - 1, -0.2, 0.2), beta <- beta (1 + K e), with
-    K = episodes / horizon as in their code, and at most 1: after `horizon` episodes it has moved by a
-    factor of e^0.2 or so at most, and a horizon shorter than a step never turns the penalty's sign.
-    """
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return coef * (1 + error * min(episodes / horizon, 1))
+        return 0.5 * error_N, torch.zeros_like(error_N, dtype=torch.bool)
+    clipped_N = (values_N.clamp(old_N - cliprange, old_N + cliprange) - returns_N).square()
+    return 0.5 * torch.maximum(error_N, clipped_N), clipped_N > error_N
 
 
 def plan_updates(
-    lengths: Tensor, epochs: int, mini_batches: int, rows_at_once: int
+    lengths_B: Tensor, epochs: int, mini_batches: int, rows_at_once: int
 ) -> list[list[Tensor]]:
     """Which rows each update takes: epochs * mini_batches lists of micro-batches, each a tensor of rows.
 
     Every epoch cuts a new random order (torch's global generator) into mini-batches. A mini-batch is
-    sorted by length, (B,), and cut into pieces of like length, which need little padding.
+    sorted by length and cut into pieces of like length, which need little padding.
     """
     updates = []
     for _ in range(epochs):
-        for rows in torch.randperm(len(lengths)).tensor_split(mini_batches):
-            by_length = rows[lengths[rows].argsort(stable=True)]
+        for rows in torch.randperm(len(lengths_B)).tensor_split(mini_batches):
+            by_length = rows[lengths_B[rows].argsort(stable=True)]
             updates.append(list(by_length.split(rows_at_once)))
     return updates
-
-
-@dataclass
-class RunningMoments:
-    """Mean and variance of all numbers seen so far (Chan et al. 1979), to normalise rewards with."""
-
-    count: float = 0.0
-    mean: float = 0.0
-    squares: float = 0.0  # sum of the squared differences from the mean
-
-    def update(self, x: Tensor) -> None:
-        """Take in a batch of numbers, of any shape."""
-        x = x.double()
-        n, mean = x.numel(), x.mean().item()
-        squares = (x - mean).square().sum().item()
-        shift, count = mean - self.mean, self.count + n
-        self.squares += squares + shift**2 * self.count * n / count
-        self.mean += shift * n / count
-        self.count = count
-
-    def normalise(self, x: Tensor) -> Tensor:
-        """x less the mean, over the standard deviation (1 where all numbers seen were equal)."""
-        variance = self.squares / self.count
-        return (x - self.mean) / (variance**0.5 if variance > 1e-12 else 1.0)
