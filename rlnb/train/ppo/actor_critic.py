@@ -53,15 +53,14 @@ class ActorCritic(nn.Module):
         states = predicts_BL.flatten().nonzero()[:, 0]  # index_select is faster than a mask backwards
         target_N = ids_BL.roll(-1, 1).flatten()[states]
         lm = causal_lm(self.model)
-        if self.plain_head:  # logits of completion tokens alone
-            out = lm.get_decoder()(input_ids=ids_BL, use_cache=False)
-            hidden = out.last_hidden_state.flatten(0, 1).index_select(0, states)
+        if self.plain_head:  # logits of completion tokens alone, from the output layer
             head = lm.get_output_embeddings()
-            found = token_statistics(hidden, head, target_N, self.temperature, entropy)
+            hidden = lm.get_decoder()(input_ids=ids_BL, use_cache=False).last_hidden_state
+            x = hidden = hidden.flatten(0, 1).index_select(0, states)
         else:
-            out = lm(input_ids=ids_BL, use_cache=False, output_hidden_states=True)
-            hidden, logits = (x.flatten(0, 1)[states] for x in (out.hidden_states[-1], out.logits))
-            found = token_statistics(logits, None, target_N, self.temperature, entropy)
+            out, head = lm(input_ids=ids_BL, use_cache=False, output_hidden_states=True), None
+            hidden, x = (y.flatten(0, 1)[states] for y in (out.hidden_states[-1], out.logits))
+        found = token_statistics(x, head, target_N, self.temperature, entropy)
         return *found, linear(self.value_head, hidden)[:, 0]
 
 
@@ -124,23 +123,21 @@ class Reference:
         self.adapter: str | None = None  # None: the adapter is off
         self.copy: ActorCritic | None = None
         if not has_adapter(model):
-            frozen = copy.deepcopy(model).requires_grad_(False)
-            self.copy = ActorCritic(frozen, actor.temperature)
+            self.copy = ActorCritic(copy.deepcopy(model).requires_grad_(False), actor.temperature)
         elif not _is_new(model):
-            config = copy.deepcopy(model.peft_config[POLICY])
+            self.adapter, config = REFERENCE, copy.deepcopy(model.peft_config[POLICY])
             weights = get_peft_model_state_dict(model, None, POLICY, save_embedding_layers=False)
             add_frozen(model, REFERENCE, config, weights, "the policy's adapter")
-            self.adapter = REFERENCE
 
     @contextmanager
     def active(self) -> Iterator[ActorCritic]:
         """The module to run forward, as the reference while inside."""
         if self.copy is not None:
             yield self.copy
-        else:
-            model, name = self.actor.model, self.adapter
-            with adapters.using(model, name) if name else adapters.off(model):
-                yield self.actor
+            return
+        model, name = self.actor.model, self.adapter
+        with adapters.using(model, name) if name else adapters.off(model):
+            yield self.actor
 
 
 # --- adapters ------------------------------------------------------------------------------------
@@ -169,15 +166,12 @@ def add_frozen(model: Any, name: str, config: Any, weights: dict[str, Tensor], s
         model.delete_adapter(name)
     # PiSSA and its kin would take the new adapter out of the base's weights.
     config.init_lora_weights, config.lora_dropout = True, 0.0
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    trains = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.random.fork_rng():
         model.add_adapter(name, config)
-    for parameter, flag in trains:
-        parameter.requires_grad_(flag)
     fill(model, name, weights, source)
     for key, parameter in model.named_parameters():
-        if f".{name}." in key:
-            parameter.requires_grad_(False)
+        parameter.requires_grad_(key in trains)
 
 
 def fill(model: Any, name: str, weights: dict[str, Tensor], source: Any) -> None:
@@ -186,44 +180,25 @@ def fill(model: Any, name: str, weights: dict[str, Tensor], source: Any) -> None
         found = set_peft_model_state_dict(model, weights, adapter_name=name)
     except RuntimeError as error:
         raise ValueError(f"{source} does not fit the model: {error}") from error
-    missing = [key for key in found.missing_keys if f".{name}." in key]
-    if missing or found.unexpected_keys:
-        what = f"{missing[0]} is missing" if missing else f"{found.unexpected_keys[0]} is left over"
-        raise ValueError(f"{source} does not fit the model: {what}")
+    wrong = [f"{key} is missing" for key in found.missing_keys if f".{name}." in key]
+    wrong += [f"{key} is left over" for key in found.unexpected_keys]
+    if wrong:
+        raise ValueError(f"{source} does not fit the model: {wrong[0]}")
 
 
 def check_policy(model: Any) -> None:
-    """Raise TypeError or ValueError unless the model trains, and with LoRA its adapter alone."""
+    """Raise TypeError or ValueError unless the model trains, and with LoRA its adapter "default" alone."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {model!r}: load it first, with rlnb.model.load_model")
     trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trains:
         raise ValueError(
-            "no parameter of the model trains: attach an adapter (load_model(..., lora=LoRA())), or load "
-            "a saved one (load_model(..., lora=folder))"
+            "no parameter of the model trains: attach an adapter (load_model(..., lora=LoRA())), or load a "
+            "saved one (load_model(..., lora=folder))"
         )
-    if not has_adapter(model):
-        return
-    if model.active_adapter != POLICY:
+    others = [name for name in trains if f".{POLICY}." not in f"{name}."]
+    if has_adapter(model) and others:  # turning the adapter off would not turn these off
         raise ValueError(
-            f"the active adapter is {model.active_adapter!r}, of {', '.join(model.peft_config)}: the policy "
-            f"must be the one named {POLICY!r}"
+            f"{others[0]} is not of the adapter {POLICY!r} and trains: the base must be frozen, so with LoRA "
+            "take bias='none', or set its requires_grad to False"
         )
-    if (kind := model.peft_config[POLICY]).is_prompt_learning:
-        raise ValueError(f"the adapter is PEFT's {kind.peft_type}, which is not inside layers: take LoRA")
-    for name in trains:  # turning the adapter off would not turn the base's training off
-        if f".{POLICY}." not in f"{name}.":
-            raise ValueError(
-                f"{name} trains and is not of the adapter {POLICY!r}: with LoRA take bias='none', or set its "
-                "requires_grad to False"
-            )
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: with it, old and new policy would differ without any update."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if name.endswith("dropout") and isinstance(value, float):
-                setattr(module, name, 0.0)

@@ -2,29 +2,38 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import rlnb.model  # noqa: F401  Unsloth before transformers
 from transformers import TrainingArguments
+
+RANGES = {  # the lowest and the highest value that can work
+    "temperature": (1e-6, math.inf), "top_p": (1e-6, 1.0), "kl_coef": (0.0, math.inf),
+    "gamma": (0.0, 1.0), "lam": (0.0, 1.0), "cliprange": (1e-6, math.inf), "vf_coef": (0.0, math.inf),
+    "cliprange_value": (1e-6, math.inf), "ent_coef": (-math.inf, math.inf),
+    "value_learning_rate": (0.0, math.inf), "max_completion_length": (1, math.inf),
+    "num_ppo_epochs": (1, math.inf), "num_mini_batches": (1, math.inf),
+}  # fmt: skip
+WHOLE_NUMBERS = ("max_completion_length", "num_ppo_epochs", "num_mini_batches")
+OPTIONAL = ("cliprange_value", "value_learning_rate")
 
 
 @dataclass
 class PPOConfig(TrainingArguments):
     """transformers' TrainingArguments and what PPO adds to them. Names are those of TRL.
 
-    One step of the trainer (max_steps, save_steps, logging_steps, the learning rate's schedule) is one
-    batch of rollouts and all updates on it. On each process the batch has per_device_train_batch_size *
-    gradient_accumulation_steps prompts, with one completion each. It makes num_mini_batches updates in
-    each of num_ppo_epochs; a mini-batch goes through the model in pieces of at most
-    per_device_train_batch_size sequences. Prompts at the end of an epoch that fill no batch are left out.
+    One step of the trainer (max_steps, save_steps, logging_steps, the learning rate's schedule) is one batch
+    of rollouts and all updates on it. On each process the batch has per_device_train_batch_size *
+    gradient_accumulation_steps prompts, with one completion each. It makes num_mini_batches updates in each
+    of num_ppo_epochs; a mini-batch goes through the model in pieces of at most per_device_train_batch_size
+    sequences. Prompts at the end of an epoch that fill no batch are left out.
 
         max_completion_length: tokens; where a completion has not ended by then it is cut off.
         temperature, top_p: of sampling. Log-probabilities are those at this temperature.
         reward_weights: one number per reward, default 1 each.
         kl_coef: beta, the weight of the KL penalty for each token (Ouyang et al. 2022, eq. 2; they had
             0.02). The KL is measured from where the policy starts. 0: no penalty.
-        gamma: discount (GAE, 2016), 1 for texts. lam: lambda, from 0 (trust the critic) to 1 (trust the
-            rewards; eq. 16).
+        gamma: discount (GAE, 2016), 1 for texts. lam: lambda of eq. 16, from 0 (trust the critic) to 1
+            (trust the rewards).
         whiten_advantages: mean 0 and variance 1 over the real tokens of the batch.
         num_ppo_epochs, num_mini_batches: see above.
         cliprange: eps of PPO (2017), eq. 7. cliprange_value: the same for the value, in units of reward
@@ -35,7 +44,7 @@ class PPOConfig(TrainingArguments):
     Raises ValueError for a value that cannot work.
     """
 
-    learning_rate: float = 3e-5  # ten times that of TRL's PPO for whole models, as LoRA wants it
+    learning_rate: float = 3e-5  # ten times that of TRL's PPO for full models, as LoRA wants it
     logging_steps: float = 10
     remove_unused_columns: bool = False  # reward functions get all columns
 
@@ -57,20 +66,14 @@ class PPOConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("max_completion_length", "num_ppo_epochs", "num_mini_batches"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
-        for name, (low, high, what) in _RANGES.items():
-            if getattr(self, name) is not None or name not in _OPTIONAL:
-                _check_number(name, getattr(self, name), low, high, what)
-        for weight in self.reward_weights or []:
-            _check_number("reward_weights", weight, -math.inf, math.inf, "finite numbers")
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size is True and would change what a step is: to save memory set "
-                "gradient_accumulation_steps higher and per_device_train_batch_size lower"
-            )
+        for name, (low, high) in RANGES.items():
+            value, kinds = getattr(self, name), int if name in WHOLE_NUMBERS else int | float
+            if value is None and name in OPTIONAL:
+                continue
+            number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or not low <= value <= high:
+                kind = "a whole number" if name in WHOLE_NUMBERS else "a number"
+                raise ValueError(f"{name} is {value!r}: it must be {kind} from {low:g} to {high:g}")
         rollouts = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if rollouts % self.num_mini_batches:
             raise ValueError(
@@ -78,24 +81,3 @@ class PPOConfig(TrainingArguments):
                 f"of a step (per_device_train_batch_size {self.per_device_train_batch_size} * "
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps}): change one of the three"
             )
-
-
-_OPTIONAL = ("cliprange_value", "value_learning_rate")
-_RANGES = {  # name: lowest, highest, in words
-    "temperature": (1e-6, math.inf, "above 0: sampling that learns needs chance"),
-    "top_p": (1e-6, 1.0, "above 0 and at most 1"),
-    "kl_coef": (0.0, math.inf, "0 or more"),
-    "gamma": (0.0, 1.0, "from 0 to 1"),
-    "lam": (0.0, 1.0, "from 0 to 1"),
-    "cliprange": (1e-6, math.inf, "above 0, as 0.2"),
-    "cliprange_value": (1e-6, math.inf, "above 0, or None for no clipping"),
-    "vf_coef": (0.0, math.inf, "0 or more"),
-    "ent_coef": (-math.inf, math.inf, "a number"),
-    "value_learning_rate": (0.0, math.inf, "0 or more"),
-}
-
-
-def _check_number(name: str, value: Any, low: float, high: float, what: str) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}: it must be {what}")

@@ -12,7 +12,7 @@ from typing import Any
 from rlnb.model import adapters
 from rlnb.task import rewards
 from rlnb.train.ppo.actor_critic import add_frozen, causal_lm, has_adapter, linear
-from rlnb.train.ppo.rollouts import right_pad
+from rlnb.train.ppo.rollouts import Rollouts, right_pad
 
 import torch
 from peft import LoraConfig
@@ -34,8 +34,6 @@ def sources(reward_funcs: Any, model: Any, tokenizer: Any) -> list[Any]:
     base or tokenizer.
     """
     given = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    if not given:
-        raise ValueError("reward_funcs is empty: give at least one reward function or adapter")
     found = []
     for i, reward in enumerate(given):
         if isinstance(reward, str | os.PathLike):
@@ -44,55 +42,46 @@ def sources(reward_funcs: Any, model: Any, tokenizer: Any) -> list[Any]:
         elif callable(reward) and not isinstance(reward, nn.Module):
             found.append(FunctionReward(reward))
         else:
-            what = type(reward).__name__ if isinstance(reward, nn.Module) else repr(reward)
             raise TypeError(
-                f"reward_funcs[{i}] is {what}: it must be a function or the folder of a reward adapter. "
-                "rlnb.model.reward_model.as_reward makes a function of a reward model"
+                f"reward_funcs[{i}] is a {type(reward).__name__}: it must be a function or the folder of a "
+                "reward adapter. rlnb.model.reward_model.as_reward makes a function of a reward model"
             )
     names = [source.name for source in found]
-    if len(set(names)) < len(names):
-        raise ValueError(f"rewards need names of their own, got {names}: set fn.__name__")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"reward_funcs has the names {names}: give at least one, and each a name of its own "
+            "(fn.__name__, or the folder's)"
+        )
     return found
 
 
-def weights(given: Sequence[float] | None, names: Sequence[str]) -> Tensor:
-    """(R,): PPOConfig's reward_weights, or all 1. Raises ValueError unless each reward has one."""
-    found = [1.0] * len(names) if given is None else given
-    if len(found) != len(names):
-        raise ValueError(
-            f"reward_weights has {len(found)} numbers for the {len(names)} rewards {', '.join(names)}"
-        )
-    return torch.tensor(found, dtype=torch.float32)
-
-
 def score(
-    sources: Sequence[Any], tokenizer: Any, rows: Sequence[Mapping[str, Any]], prompt_ids: Sequence,
-    completion_ids: Sequence, ends: set[int], **extra: Any,
+    sources: Sequence[Any], tokenizer: Any, batch: Rollouts, rows: Sequence[Mapping[str, Any]],
+    ends: set[int], **extra: Any,
 ) -> Tensor:  # fmt: skip
     """scores_BR, one column a source, NaN where a reward function gave None.
 
     rows: of the data set, whose columns reward functions get. extra: what else they get.
     Raises RewardError for a reward that fails and for a completion that none of them judges.
     """
-    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(batch.completion_ids, skip_special_tokens=True)
     chat = isinstance(rows[0]["prompt"], list)
     columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
     columns |= {
         "prompts": [row["prompt"] for row in rows],
         "completions": [[{"role": "assistant", "content": t}] for t in texts] if chat else texts,
-        "completion_ids": completion_ids,
+        "completion_ids": batch.completion_ids,
         "log_extra": lambda column, values: None,  # TRL's table of completions is not made here
         **extra,
     }
     behind = _behind_the_end(tokenizer, ends) if chat else []
-    pairs = zip(prompt_ids, completion_ids, strict=True)
-    full = [[*p, *c, *(behind if c[-1] in ends else [])] for p, c in pairs]
-    scores_BR = torch.stack([source(full, columns) for source in sources], 1)
-    unjudged = scores_BR.isnan().all(1).nonzero()
-    if len(unjudged):
+    pairs = zip(batch.prompt_ids, batch.completion_ids, strict=True)
+    ids = [[*prompt, *c, *(behind if c[-1] in ends else [])] for prompt, c in pairs]
+    scores_BR = torch.stack([source(ids, columns) for source in sources], 1)
+    for row in scores_BR.isnan().all(1).nonzero():
         raise rewards.RewardError(
-            f"no reward judged the completion {texts[int(unjudged[0])]!r}: each returned None. Let one of "
-            "them judge every completion"
+            f"no reward judged the completion {texts[int(row)]!r}: each returned None. Let one of them judge "
+            "every completion"
         )
     return scores_BR
 
@@ -114,8 +103,8 @@ class FunctionReward:
         self.fn = rewards.checked(fn)
         self.name = self.fn.__name__
 
-    def __call__(self, rows: Sequence[Sequence[int]], columns: Mapping[str, Any]) -> Tensor:
-        """rows: ids of prompt and completion. columns: what TRL passes to a reward function."""
+    def __call__(self, ids: Sequence[Sequence[int]], columns: Mapping[str, Any]) -> Tensor:
+        """ids: of prompt and completion. columns: what TRL passes to a reward function."""
         values = self.fn(**columns)
         return torch.tensor([float("nan") if v is None else float(v) for v in values])
 
@@ -130,44 +119,43 @@ class AdapterReward:
                 "LoRA, or the reward as a function (rlnb.model.reward_model.as_reward)"
             )
         self.name, self.model, self.adapter = folder.name, model, adapter
+        self.pad = tokenizer.pad_token_id or 0
         folder, config = adapters.read_saved(folder)
-        _check_base(folder, config, model)
-        _check_tokenizer(folder, tokenizer)
+        _check_fits(folder, config, model, tokenizer)
         file = folder / "adapter_model.safetensors"
-        tensors = load_file(file)
-        heads = {key: tensors.pop(key) for key in list(tensors) if key.endswith("score.weight")}
-        shapes = {key: tuple(head.shape) for key, head in heads.items()}
-        if [rows for rows, _ in shapes.values()] != [1]:
+        weights = load_file(file)
+        heads = {key: weights.pop(key) for key in list(weights) if key.endswith("score.weight")}
+        if [len(head) for head in heads.values()] != [1]:
+            shapes = {key: tuple(head.shape) for key, head in heads.items()}
             raise ValueError(
                 f"{folder} has no score head with one output but {shapes or 'none'}: train it with "
                 'LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"]) and num_labels=1'
             )
         lora = LoraConfig.from_pretrained(str(folder))
         lora.modules_to_save, lora.task_type, lora.inference_mode = None, "CAUSAL_LM", True
-        add_frozen(model, adapter, lora, tensors, file)
-        (weight,) = heads.values()
-        self.head = nn.Linear(weight.shape[1], 1, bias=False, device=model.device, dtype=torch.float32)
-        self.head.requires_grad_(False).weight.copy_(weight)
-        self.pad = tokenizer.pad_token_id or 0
+        add_frozen(model, adapter, lora, weights, file)
+        (head,) = heads.values()
+        self.head = nn.Linear(head.shape[1], 1, bias=False, device=model.device, dtype=torch.float32)
+        self.head.requires_grad_(False).weight.copy_(head)
 
     @torch.no_grad()
-    def __call__(self, rows: Sequence[Sequence[int]], columns: Mapping[str, Any]) -> Tensor:
-        """Scores of ids of prompt and completion, read off the last token.
+    def __call__(self, ids: Sequence[Sequence[int]], columns: Mapping[str, Any]) -> Tensor:
+        """Scores of prompt and completion, read off the last token.
 
         That token is counted, not looked for: a model that pools at the last token which is not padding
         goes wrong where the end token pads.
         """
-        score_B, device = torch.empty(len(rows)), self.model.device
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        score_B, device = torch.empty(len(ids)), self.model.device
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         decoder = causal_lm(self.model).get_decoder()
         with adapters.using(self.model, self.adapter):
             for start in range(0, len(order), ROWS_AT_ONCE):
-                some = order[start : start + ROWS_AT_ONCE]
-                ids = right_pad([rows[i] for i in some], self.pad, device)
-                last = torch.tensor([len(rows[i]) - 1 for i in some], device=device)
-                hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-                hidden = hidden[torch.arange(len(some), device=device), last]
-                score_B[some] = linear(self.head, hidden)[:, 0].float().cpu()
+                rows = order[start : start + ROWS_AT_ONCE]
+                batch = right_pad([ids[i] for i in rows], self.pad, device)
+                last = torch.tensor([len(ids[i]) - 1 for i in rows], device=device)
+                hidden = decoder(input_ids=batch, use_cache=False).last_hidden_state
+                hidden = hidden[torch.arange(len(rows), device=device), last]
+                score_B[rows] = linear(self.head, hidden)[:, 0].float().cpu()
         if not score_B.isfinite().all():
             raise rewards.RewardError(
                 f"reward adapter {self.name!r} gave {score_B[~score_B.isfinite()][0].item()}: its training "
@@ -176,7 +164,8 @@ class AdapterReward:
         return score_B
 
 
-def _check_base(folder: Path, config: Mapping[str, Any], model: Any) -> None:
+def _check_fits(folder: Path, config: Mapping[str, Any], model: Any, tokenizer: Any) -> None:
+    """Raise ValueError for the adapter of another base or, if its folder has one, of another tokenizer."""
     trained_on = Path(config.get("base_model_name_or_path") or "").name
     policy = Path(causal_lm(model).config._name_or_path or "").name
     if trained_on and policy and trained_on != policy:
@@ -184,17 +173,13 @@ def _check_base(folder: Path, config: Mapping[str, Any], model: Any) -> None:
             f"{folder} was trained on {trained_on}, and the policy's base is {policy}: a reward adapter works "
             "on its own base only"
         )
-
-
-def _check_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Compares vocabularies, if the folder holds a tokenizer."""
     if not (folder / "tokenizer_config.json").is_file():
         return
     theirs = AutoTokenizer.from_pretrained(str(folder)).get_vocab()
     for token, i in tokenizer.get_vocab().items():
         if theirs.get(token) != i:
             raise ValueError(
-                f"reward adapter {folder.name!r} has another tokenizer: token {token!r} as "
-                f"{theirs.get(token, 'missing')}, the policy as {i}. It would read the policy's tokens as other "
-                "words. Put it into a reward function that tokenises the text itself"
+                f"{folder} has another tokenizer: token {token!r} as {theirs.get(token, 'missing')}, the policy "
+                f"as {i}. It would read the policy's tokens as other words: give it as a function that "
+                "tokenises the text itself (rlnb.model.reward_model.as_reward)"
             )

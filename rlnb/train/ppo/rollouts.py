@@ -38,24 +38,32 @@ class Rollouts:
 
 
 def lay_out(
-    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], ends: set[int], pad: int,
-    device: Any = None,
-) -> Rollouts:  # fmt: skip
-    """A batch. Lengths come from the lists, so that the end token may well be the one that pads."""
-    start_B = torch.tensor([len(p) for p in prompt_ids], device=device)
-    size_B = torch.tensor([len(c) for c in completion_ids], device=device)
-    rows = [[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)]
-    ids_BL = right_pad(rows, pad, device)
-    L, T = (torch.arange(n, device=device) for n in (ids_BL.shape[1], int(size_B.max())))
-    return Rollouts(
-        prompt_ids=prompt_ids,
-        completion_ids=completion_ids,
-        ids_BL=ids_BL,
-        length_B=start_B + size_B,
-        predicts_BL=(L >= start_B[:, None] - 1) & (L < (start_B + size_B)[:, None] - 1),
-        mask_BT=T < size_B[:, None],
-        finished_B=torch.tensor([c[-1] in ends for c in completion_ids], device=device),
+    prompts: Sequence, found: Mapping[str, list], ends: set[int], pad: int, device: Any = None
+) -> Rollouts:
+    """A batch of what a rollout function has returned. ValueError unless that is one row per prompt.
+
+    Lengths come from the lists, so that the end token may well be the one that pads.
+    """
+    for key in ("prompt_ids", "completion_ids"):
+        sizes = [len(ids) for ids in found[key]]
+        if len(sizes) != len(prompts) or not all(sizes):
+            raise ValueError(
+                f"rollout_func returned {key} of {sizes} tokens for {len(prompts)} prompts: PPO takes one row "
+                "for each, of at least 1 token, the end token included"
+            )
+    start_B, size_B = (
+        torch.tensor([len(ids) for ids in found[key]], device=device)
+        for key in ("prompt_ids", "completion_ids")
     )
+    pairs = zip(found["prompt_ids"], found["completion_ids"], strict=True)
+    ids_BL = right_pad([[*p, *c] for p, c in pairs], pad, device)
+    position, end_B1 = torch.arange(ids_BL.shape[1], device=device), (start_B + size_B)[:, None]
+    return Rollouts(
+        found["prompt_ids"], found["completion_ids"], ids_BL, length_B=start_B + size_B,
+        predicts_BL=(position >= start_B[:, None] - 1) & (position < end_B1 - 1),
+        mask_BT=position[: int(size_B.max())] < size_B[:, None],
+        finished_B=torch.tensor([c[-1] in ends for c in found["completion_ids"]], device=device),
+    )  # fmt: skip
 
 
 def right_pad(rows: Sequence[Sequence[int]], pad: int, device: Any = None) -> Tensor:
@@ -69,9 +77,6 @@ def put(target_BT: Tensor, rows: Tensor, mask_BT: Tensor, flat_N: Tensor) -> Non
     part = torch.zeros_like(target_BT[rows])
     part[mask_BT[rows]] = flat_N.to(target_BT.dtype)
     target_BT[rows] = part
-
-
-# --- checks --------------------------------------------------------------------------------------
 
 
 def check_prompts(dataset: Any, model: Any, tokenizer: Any, max_new: int, batch: int) -> None:
@@ -95,24 +100,13 @@ def check_prompts(dataset: Any, model: Any, tokenizer: Any, max_new: int, batch:
             )
 
 
-def check_rollout(prompts: Sequence, found: Mapping[str, list]) -> None:
-    """Raise ValueError unless a rollout function has returned a prompt and a completion for each prompt."""
-    for key in ("prompt_ids", "completion_ids"):
-        sizes = [len(ids) for ids in found[key]]
-        if len(sizes) != len(prompts) or not all(sizes):
-            raise ValueError(
-                f"rollout_func returned {key} of {sizes} tokens for {len(prompts)} prompts: PPO takes one row "
-                "for each, of at least 1 token, the end token included"
-            )
-
-
-# --- figures -------------------------------------------------------------------------------------
-
-
 def summary(
     batch: Rollouts, names: Sequence[str], gather: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """The figures of the completions of all processes. names: of the rewards. gather: joins their rows."""
+    """The figures of the completions of all processes. names: of the rewards. gather: joins their rows.
+
+    value/explained_variance is 1 - Var(return - V) / Var(return): 1 for a perfect critic, 0 for a constant.
+    """
 
     def rows(x_B: Tensor) -> Tensor:
         return gather(x_B.double()).cpu()

@@ -14,16 +14,15 @@ from typing import Any
 
 from rlnb.model import sampling
 from rlnb.train.ppo import formulas, reward
-from rlnb.train.ppo.actor_critic import (
-    ActorCritic, Reference, check_policy, disable_dropout, has_adapter,
-)  # fmt: skip
+from rlnb.train.ppo.actor_critic import ActorCritic, Reference, check_policy, has_adapter
 from rlnb.train.ppo.base import ActorCriticTrainer
 from rlnb.train.ppo.config import PPOConfig
-from rlnb.train.ppo.rollouts import Rollouts, check_prompts, check_rollout, lay_out, put, summary
+from rlnb.train.ppo.rollouts import Rollouts, check_prompts, lay_out, put, summary
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
+from trl.trainer.utils import disable_dropout_in_model
 
 UPDATE_METRICS = (
     "loss", "policy/loss", "policy/approx_kl", "policy/clipfrac", "policy/ratio", "value/loss",
@@ -67,14 +66,18 @@ class PPOTrainer(ActorCriticTrainer):
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         batch = args.per_device_train_batch_size * args.world_size
         check_prompts(train_dataset, model, processing_class, args.max_completion_length, batch)
-        disable_dropout(model)
+        disable_dropout_in_model(model)  # with it, old and new policy would differ without any update
         self.reward_sources = reward.sources(reward_funcs, model, processing_class)
         self.reward_names = [source.name for source in self.reward_sources]
-        self.reward_weights = reward.weights(args.reward_weights, self.reward_names)
+        weights = args.reward_weights or [1.0] * len(self.reward_names)
+        if len(weights) != len(self.reward_names):
+            names = ", ".join(self.reward_names)
+            raise ValueError(f"reward_weights is {weights}: give a number for each reward, {names}")
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, data_collator=list,
             processing_class=processing_class, callbacks=callbacks,
         )  # fmt: skip
+        self.reward_weights = torch.tensor(weights, device=self.accelerator.device)
         self.actor_critic = ActorCritic(model, args.temperature)
         # With LoRA the KL costs a forward pass, and is logged even where it has no weight.
         self.reference = Reference(self.actor_critic) if has_adapter(model) or args.kl_coef else None
@@ -92,9 +95,7 @@ class PPOTrainer(ActorCriticTrainer):
         ends = {self.processing_class.eos_token_id, *([ends] if isinstance(ends, int) else ends)}
         self.eos_token_ids = ends - {None}
 
-    def training_step(
-        self, model: Any, inputs: list[dict], num_items_in_batch: Any = None
-    ) -> Tensor:
+    def training_step(self, model: Any, inputs: list[dict], num_items_in_batch: Any = None) -> Tensor:
         """All of a step but the last update's optimizer step, which Trainer's loop makes.
 
         model: the actor-critic as accelerate has wrapped it. inputs: rows of the data set. Returns the
@@ -119,7 +120,9 @@ class PPOTrainer(ActorCriticTrainer):
 
         # 4. advantages: token rewards (score at the end, KL penalty everywhere), then GAE
         self._estimate_advantages(batch)
-        self._record_rollouts(batch)
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(batch.length_B).sum())
+        self.record({"num_tokens": self.state.num_input_tokens_seen})
+        self.record(summary(batch, self.reward_names, self.accelerator.gather))
         times.append(time.perf_counter())
 
         # 5. update: clipped gradient steps, several epochs on the same batch
@@ -132,23 +135,18 @@ class PPOTrainer(ActorCriticTrainer):
         return torch.tensor(loss, device=args.device)
 
     def _roll_out(self, rows: list[dict]) -> Rollouts:
-        prompts = [row["prompt"] for row in rows]
+        prompts, pad = [row["prompt"] for row in rows], self.processing_class.pad_token_id or 0
         found = self.rollout_func(prompts, self)
-        check_rollout(prompts, found)
-        return lay_out(
-            found["prompt_ids"], found["completion_ids"], self.eos_token_ids,
-            self.processing_class.pad_token_id or 0, self.accelerator.device,
-        )  # fmt: skip
+        return lay_out(prompts, found, self.eos_token_ids, pad, self.accelerator.device)
 
     def _score(self, batch: Rollouts, rows: list[dict]) -> None:
         with self.accelerator.autocast():
             scores_BR = reward.score(
-                self.reward_sources, self.processing_class, rows, batch.prompt_ids, batch.completion_ids,
-                self.eos_token_ids, trainer_state=self.state,
-                log_metric=lambda name, value: self.record({name: value}),
+                self.reward_sources, self.processing_class, batch, rows, self.eos_token_ids,
+                trainer_state=self.state, log_metric=lambda name, value: self.record({name: value}),
             )  # fmt: skip
         batch.scores_BR = scores_BR.to(self.accelerator.device)
-        batch.score_B = (batch.scores_BR * self.reward_weights.to(batch.scores_BR.device)).nansum(1)
+        batch.score_B = (batch.scores_BR * self.reward_weights).nansum(1)
 
     @torch.no_grad()
     def _measure(self, batch: Rollouts, pieces: Sequence[Tensor]) -> None:
@@ -188,12 +186,6 @@ class PPOTrainer(ActorCriticTrainer):
         )
         if args.whiten_advantages:
             batch.advantages_BT = formulas.whiten(batch.advantages_BT, mask_BT, self.total)
-
-    def _record_rollouts(self, batch: Rollouts) -> None:
-        gather = self.accelerator.gather
-        self.state.num_input_tokens_seen += int(gather(batch.length_B).sum())
-        self.record(summary(batch, self.reward_names, gather))
-        self.record({"num_tokens": self.state.num_input_tokens_seen})
 
     def _update(self, model: Any, batch: Rollouts, updates: list[list[Tensor]]) -> float:
         """The gradient of each update; an optimizer step after all but the last. Returns the mean loss."""
