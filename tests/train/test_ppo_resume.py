@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rlnb.model import ALL_LINEAR, ATTENTION, LoRA, load_model
+from rlnb.model import LoRA, load_model
+from rlnb.model.lora import ALL_LINEAR, ATTENTION
 from tests import tiny
 from tests.train.ppo_tiny import assert_same, build, load, log, spread, weights
 
