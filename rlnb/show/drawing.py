@@ -56,7 +56,7 @@ class CellFigure(Figure):
 
     def _repr_png_(self, dpi: int = 100) -> bytes:
         picture = io.BytesIO()
-        self.savefig(picture, format="png", dpi=dpi, bbox_inches="tight")
+        self.savefig(picture, format="png", dpi=dpi)
         return picture.getvalue()
 
 
