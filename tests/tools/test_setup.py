@@ -118,7 +118,7 @@ def test_an_old_python_gets_as_far_as_the_message(name):
     imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in imported} - sys.stdlib_module_names <= {"rlnb"}
-    assert {name for name in imported if name.startswith("rlnb")} <= {"rlnb.tools", "rlnb.tools.setup"}
+    assert {name for name in imported if name.startswith("rlnb")} <= {"rlnb", "rlnb.tools", "rlnb.tools.setup"}
 
 
 # From here on it sets up, in a project of its own.
