@@ -21,10 +21,8 @@ PIECE = 2**22  # of them at a time: larger tensors are slower, each is fetched f
 
 def use(model: Any) -> None:
     """Put this attention in the place of "sdpa" in a model of transformers, on a CPU."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    if on_cpu and inner.config._attn_implementation == "sdpa":
-        inner.set_attn_implementation("rlnb")
+    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("rlnb")
 
 
 def is_plain(rows: int, heads: int, new: int, length: int, low: bool) -> bool:

@@ -12,7 +12,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -60,8 +59,7 @@ def _decode_batch(view: Any, prompts: list, chances: Tensor, s: Settings, done: 
         tokens[rows, t] = token
         ended = at_work & torch.isin(token, ends)
         at_work &= ~ended
-        if ended.any():
-            done(int(ended.sum()))
+        done(int(ended.sum()))
         if t == s.max_new_tokens - 1 or not at_work.any():
             break
         if at_work.sum() <= COMPACT * len(rows):
@@ -157,8 +155,7 @@ def view(model: Any) -> Any:
     vars(copied).pop("forward", None)  # accelerate puts the trainer's autocast there
     for layer in lora_layers(copied).values():
         base = layer.get_base_layer()
-        on = isinstance(layer, Linear) and not (layer.merged or layer.disable_adapters)
-        if not on or base.weight.dtype != torch.float32:
+        if layer.merged or layer.disable_adapters or base.weight.dtype != torch.float32:
             continue
         for name, parameter in list(base.named_parameters(recurse=False)):
             setattr(base, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))

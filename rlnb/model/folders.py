@@ -36,11 +36,8 @@ def resolve(name: str | os.PathLike[str]) -> str:
 
 
 def base_name(model: str) -> str:
-    """ "abacus-3m" for data/abacus-3m, any other folder's name, a hub id as it is."""
-    path = Path(model)
-    if path.is_relative_to(DATA):
-        return path.relative_to(DATA).as_posix()
-    return path.name if path.is_absolute() else model
+    """The folder's name of a model in a folder, as "abacus-3m"; a hub id as it is."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def save_adapter(model: Any, folder: str | os.PathLike[str], name: str = "default") -> Path:

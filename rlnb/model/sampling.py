@@ -22,9 +22,7 @@ Prompt = str | list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Completions:
-    """What was sampled, as [prompt][sample]. ids hold neither the prompt nor padding, and end in the end
-    token where the model ended. texts leave special tokens out, as in what TRL gives to reward functions.
-    """
+    """What was sampled, as [prompt][sample]: ids without prompt and padding, texts without special tokens."""
 
     texts: list[list[str]]
     ids: list[list[list[int]]]
@@ -58,11 +56,9 @@ def sample(
 def rollout(prompts: list[Prompt], trainer: Any) -> dict[str, list]:
     """Sample a completion for each prompt: GRPOTrainer(..., rollout_func=sampling.rollout).
 
-    TRL hands over each prompt num_generations times. Settings are the trainer's. The seed is drawn from
-    torch's global generator, which the trainer seeds from args.seed, differently on each process, and
-    restores on resuming. logprobs are vLLM's where the trainer uses vLLM, else None as with TRL's own
-    generate: it computes them itself. Raises ValueError if the trainer asks for anything that this does
-    not do.
+    Settings are the trainer's. The seed is drawn from torch's global generator, which the trainer seeds from
+    args.seed, differently on each process, and restores on resuming. logprobs are vLLM's, or None as with
+    TRL's own generate. Raises ValueError if the trainer asks for anything that this does not do.
     """
     for owner, name, values in (
         (trainer, "top_k", (0, -1, None)), (trainer, "min_p", (None, 0.0)),
@@ -111,7 +107,7 @@ def inference(model: Any) -> Iterator[torch.nn.Module]:
     """The model, ready to run without gradients: on a CPU a copy that shares the weights, so that nothing
     of the model is touched; elsewhere the model itself, switched to inference and back.
     """
-    if _on_cpu(model):
+    if model.device.type == "cpu":
         with torch.inference_mode():
             yield view(model)
     else:
@@ -153,10 +149,6 @@ def _settings(
     return Settings(max_new_tokens, temperature, top_p, seed, batch_size, tuple(ends), pad)
 
 
-def _on_cpu(model: Any) -> bool:
-    return all(parameter.device.type == "cpu" for parameter in model.parameters())
-
-
 def _run(model: Any, rows: list, settings: Settings, progress: str | bool | None) -> list[list[int]]:
     """One completion for each row of prompt ids, by the engine that the model has."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -170,7 +162,7 @@ def _run(model: Any, rows: list, settings: Settings, progress: str | bool | None
         if getattr(model, "vllm_engine", None) is not None:
             return _with_vllm(model, rows, settings, bar.update)
         with inference(model) as module:
-            engine = decode if _on_cpu(model) else _generate
+            engine = decode if model.device.type == "cpu" else _generate
             return engine(module, rows, settings, bar.update)
 
 
@@ -200,8 +192,7 @@ def _with_vllm(model: Any, prompts: list, s: Settings, done: Callable[[int], Any
     """Unsloth's engine for fast_inference=True holds the base's weights: the adapter goes along."""
     from vllm import SamplingParams
 
-    how = {"temperature": s.temperature, "top_p": s.top_p, "max_tokens": s.max_new_tokens,
-           "stop_token_ids": list(s.ends)}  # fmt: skip
+    how = dict(temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_new_tokens, stop_token_ids=list(s.ends))
     generator = torch.Generator().manual_seed(s.seed)
     seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
     adapter = None

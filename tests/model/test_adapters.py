@@ -107,10 +107,8 @@ def test_the_saved_config_knows_no_path_and_is_the_same_every_time(base, saved, 
     assert sorted(file.name for file in again.parent.iterdir()) == ["again"]
 
 
-def test_the_practice_model_is_named_as_in_data(monkeypatch, base):
-    monkeypatch.setattr(folders, "DATA", base.parent)
+def test_a_model_is_named_without_its_path(base):
     assert folders.base_name(str(base)) == "tiny"
-    assert folders.base_name(str(base.parent / "x" / "tiny")) == "x/tiny"
     assert folders.base_name("owner/name") == "owner/name"
 
 
