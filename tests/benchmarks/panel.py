@@ -28,7 +28,7 @@ def measure(method: str) -> dict[str, float]:
 
     find_or_train_sft(0)
     it = panel(method)
-    it.set(max_steps=it.settings["max_steps"] // 2)
+    it.set(max_steps=max(2, it.settings["max_steps"] // 2))
     it.run(wait=True)
     it.reset()
     moves = []
