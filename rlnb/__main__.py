@@ -1,107 +1,115 @@
-"""The command line. Every command but setup first sees to the set-up by itself (see bootstrap)."""
+"""The command line. Every command but setup and doctor first sees to the set-up by itself (rlnb/tools/setup.py)."""
 
-from __future__ import annotations  # for Python 3.9: see bootstrap
+from __future__ import annotations  # for Python 3.9: see rlnb/tools/setup.py
 
 import argparse
+import ast
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlnb.tools import setup as bootstrap
+from rlnb.tools import setup as environments
 from rlnb.tools.setup import ROOT
 
 PROFILES = ("cpu", "gpu", "smoke")
-METHODS = ("sft", "reward_model", "ppo", "rloo", "dpo", "kto", "orpo", "grpo")  # training.METHODS, but light
-STAGES = ("lint", "unit", "notebooks", "learning", "plain", "browser")
+METHODS = ("sft", "reward_model", "ppo", "rloo", "dpo", "kto", "orpo", "grpo")  # of rlnb.train, but light
+# What `test` runs, python -m before each; PLAIN is the Python of the other environment, HTML a folder.
+STAGES = {
+    "lint": ["ruff check rlnb tests notebooks"],
+    "unit": ["pytest tests"],
+    "notebooks": ["pytest -p no:python --nbval-lax --nbval-current-env notebooks"],
+    "learning": ["rlnb run --out HTML", "pytest -s tests/learning"],
+    "plain": ["rlnb setup --kind plain --venv .venv-plain", "PLAIN pytest tests",
+              "PLAIN rlnb run --out HTML 02_sft 08_grpo"],
+    "browser": ["pip install -q -r requirements-browser.txt", "pytest tests/browser"],
+}  # fmt: skip
+MISTAKES = (ValueError, TypeError, FileNotFoundError, ChildProcessError)  # told in a line, without a traceback
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Carries out one command line (default: the process's own) and returns the exit status."""
+    """Runs one command line (default: the process's own) and returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.do not in (_lab, _pretrain):
+    if rest and arguments.do not in (_lab, "rlnb.tools.pretrain"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if arguments.do not in (_setup, _doctor):
-            bootstrap.ensure(argv)
+            environments.ensure(argv)
         if getattr(arguments, "profile", None):
             os.environ["RLNB_PROFILE"] = arguments.profile
-        return arguments.do(arguments, rest)
+        do = import_module(arguments.do).main if isinstance(arguments.do, str) else arguments.do
+        return do(arguments, rest)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
+    except MISTAKES as error:
+        if os.environ.get("RLNB_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m rlnb", description="The workbook's commands.")
+    epilog = "RLNB_DEBUG=1 shows where in the code an error came up."
+    parser = argparse.ArgumentParser("python -m rlnb", description="The workbook's commands.", epilog=epilog)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name, do, about, **options):
+    def command(name, do, about, **options):  # do: a function, or the module whose main it is
         added = commands.add_parser(name, help=about, **options)
         added.set_defaults(do=do)
-        return added
+        return added.add_argument
 
-    setup = command("setup", _setup, "make the environment, if anything changed")
-    setup.add_argument("--kind", choices=bootstrap.STEPS, help="default: as it is, or unsloth")
-    place = setup.add_mutually_exclusive_group()
-    place.add_argument("--here", action="store_true", help="install into the Python that runs this")
-    place.add_argument("--venv", type=Path, default=bootstrap.VENV, help="default: .venv")
+    add = command("setup", _setup, "make the environment, if anything changed")
+    add("--kind", choices=environments.STEPS, help="default: as it is, or unsloth")
+    add("--here", action="store_true", help="install into the Python that runs this")
+    add("--venv", type=Path, default=environments.VENV, help="default: .venv")
 
-    run = command("run", _run, "execute notebooks and keep an HTML copy of each")
-    run.add_argument("names", nargs="*", help="like 02_sft; default: all of notebooks/, in order")
-    run.add_argument("--profile", choices=PROFILES, help="default: gpu if there is one, else cpu")
-    run.add_argument("--out", type=Path, default=ROOT / "html", help="default: html")
-    run.add_argument("--write", action="store_true", help="store the outputs in the notebooks")
-    run.add_argument(
-        "--jobs", type=int, help="notebooks at a time, a core each; default: 2 if there are the cores"
-    )
+    add = command("run", "rlnb.tools.notebooks", "execute notebooks and keep an HTML copy of each")
+    add("names", nargs="*", help="like 02_sft; default: all of notebooks/, in order")
+    add("--profile", choices=PROFILES, help="default: gpu if there is one, else cpu")
+    add("--out", type=Path, default=ROOT / "html", help="default: html")
+    add("--write", action="store_true", help="store the outputs in the notebooks")
+    add("--jobs", type=int, help="notebooks at a time, a core each; default: 2 if there are the cores")
 
     command("lab", _lab, "open JupyterLab; it gets the arguments that follow")
+    add = command("doctor", _doctor, "what works on this machine, or why a run is dead")
+    add("run", nargs="?", help="id of a run; default: this machine")
+    add = command("test", _test, "run the checks: see tests/README.md")
+    add("stages", nargs="*", help=f"of {', '.join(STAGES)}; default: the first three")
 
-    doctor = command("doctor", _doctor, "what works on this machine, or why a run is dead")
-    doctor.add_argument("run", nargs="?", help="id of a run; default: this machine")
+    add = command("train", _train, "one training run from the command line")
+    add("method", choices=METHODS)
+    add("--seed", type=int, default=0)
+    add("--profile", choices=PROFILES, help="default: gpu if there is one, else cpu")
+    add("--from", dest="start", help="base, sft, or the folder of an adapter")
+    add("--rank", type=int, help="of a new adapter")
+    add("--alpha", type=float, help="of a new adapter")
+    add("--set", action="append", default=[], metavar="NAME=VALUE",
+        help="an argument of the method's TRL config, like beta=0.5; may be given again")  # fmt: skip
 
-    test = command("test", _test, "run the checks: see tests/README.md")
-    test.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; default: the first three")
+    add = command("compare", "rlnb.tools.compare", "all methods over seeds: writes data/results/methods.csv")
+    add("--seeds", type=int, default=5)
+    add("--only", nargs="+", metavar="METHOD", help="like 'SFT, DPO'; default: all")
+    add("--jobs", type=int, default=2, help="runs at a time, a core each; default: 2")
+    add("--resume", action="store_true", help="keep the rows that are there; else they are made anew")
 
-    train = command("train", _train, "one training run from the command line")
-    train.add_argument("method", choices=METHODS)
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--profile", choices=PROFILES, help="default: gpu if there is one, else cpu")
-    train.add_argument("--from", dest="start", help="base, sft, or the folder of an adapter")
-
-    compare = command("compare", _compare, "all methods over seeds: writes data/results/methods.csv")
-    compare.add_argument("--seeds", type=int, default=5)
-    compare.add_argument("--only", nargs="+", metavar="METHOD", help="like 'SFT, DPO'; default: all")
-    compare.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each; default: 2")
-    compare.add_argument("--resume", action="store_true", help="keep the rows that are there")
-
-    command("pretrain", _pretrain, "build the practice model from nothing", add_help=False)
-    data = command("data", _data, "write data/problems/ anew")
-    data.add_argument(
-        "--preferences", action="store_true", help="data/preferences/ too: samples an SFT model"
-    )
-    data.add_argument(
-        "--reward-model", action="store_true", help="data/reward-model/ too: trains it, four minutes"
-    )
+    command("pretrain", "rlnb.tools.pretrain", "build the practice model from nothing", add_help=False)
+    add = command("data", _data, "write data/problems/ anew")
+    add("--preferences", action="store_true", help="data/preferences/ too: samples an SFT model")
+    add("--reward-model", action="store_true", help="data/reward-model/ too: trains it, four minutes")
     return parser
 
 
 def _setup(arguments, rest) -> int:
-    bootstrap.setup(None if arguments.here else arguments.venv.absolute(), arguments.kind)
+    environments.setup(None if arguments.here else arguments.venv.absolute(), arguments.kind)
     return 0
-
-
-def _run(arguments, rest) -> int:
-    from rlnb.tools import notebooks as execute
-
-    jobs = arguments.jobs or execute.usual_jobs(arguments.names, arguments.write)
-    return execute.main(arguments.names, out=arguments.out, write=arguments.write, jobs=jobs)
 
 
 def _lab(arguments, rest) -> int:
@@ -111,36 +119,52 @@ def _lab(arguments, rest) -> int:
         "--LabApp.news_url=None",  # nothing calls home
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     ]
-    return bootstrap.become([sys.executable, "-m", "jupyterlab", *options, *rest])
+    return environments.become([sys.executable, "-m", "jupyterlab", *options, *rest])
 
 
 def _doctor(arguments, rest) -> int:
     """Looks at the Python that would run the workbook, as it is: nothing is installed for it."""
-    python = bootstrap.interpreter(bootstrap.VENV)
-    elsewhere = Path(sys.prefix).resolve() != bootstrap.VENV.resolve()
+    python = environments.interpreter(environments.VENV)
+    elsewhere = Path(sys.prefix).resolve() != environments.VENV.resolve()
     if elsewhere and python.exists() and not find_spec("torch"):
-        bootstrap.become([str(python), "-m", "rlnb", "doctor", *filter(None, [arguments.run])])
-    from rlnb.record import doctor
+        environments.become([str(python), "-m", "rlnb", "doctor", *filter(None, [arguments.run])])
+    if arguments.run:
+        from rlnb.record import diagnose, runs
 
-    return doctor.main(arguments.run)
+        report = diagnose.run(runs.load(arguments.run))
+    else:
+        from rlnb.tools import check_machine
+
+        report = check_machine.report()
+    print(report)
+    return int(any(finding.level == "problem" for finding in report))
 
 
 def _train(arguments, rest) -> int:
-    from rlnb.train import methods as training
+    from dataclasses import replace
 
-    return training.main(arguments)
+    from rlnb.record import runs
+    from rlnb.train import adapter, train
+
+    lora = {name: getattr(arguments, name) for name in ("rank", "alpha") if getattr(arguments, name) is not None}
+    run = train(
+        arguments.method, arguments.seed, start=arguments.start, **dict(map(_setting, arguments.set)),
+        lora=replace(adapter(arguments.method), **lora) if lora else None,
+    )  # fmt: skip
+    if run.folder.parent == runs.root():  # else another process of the same training tells it
+        print(runs.table([run]).to_string(index=False))
+    return 0
 
 
-def _compare(arguments, rest) -> int:
-    from rlnb.tools import compare
-
-    return compare.main(arguments)
-
-
-def _pretrain(arguments, rest) -> int:
-    from rlnb.tools import pretrain
-
-    return pretrain.main(rest)
+def _setting(text: str) -> tuple[str, object]:
+    """("beta", 0.5) of "beta=0.5"; what is no literal of Python's is text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"--set {text}: give NAME=VALUE, like beta=0.5")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def _data(arguments, rest) -> int:
@@ -148,67 +172,41 @@ def _data(arguments, rest) -> int:
 
     problems.write_data()
     if arguments.preferences:
-        from rlnb.train import methods as training
         from rlnb.data import preferences
+        from rlnb.train import methods
 
-        preferences.write(training.collect_responses(), training.RESPONSES)
+        preferences.write(methods.sample_responses(), methods.RESPONSES)
     if arguments.reward_model:
-        from rlnb.train import methods as training
+        from rlnb.train import methods
 
-        training.ship_reward_model()
+        shutil.copytree(methods.train("reward_model").adapter, methods.REWARD_MODEL, dirs_exist_ok=True)
     return 0
 
 
 def _test(arguments, rest) -> int:
     """Runs stages, each with a heading and its seconds; all of them, also after one has failed."""
-    unknown = set(arguments.stages) - set(STAGES)
-    if unknown:
-        sys.exit(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    if unknown := set(arguments.stages) - set(STAGES):
+        raise ValueError(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
     results = []
-    for stage in arguments.stages or STAGES[:3]:
+    for stage in arguments.stages or list(STAGES)[:3]:
         print(f"\n=== {stage}", flush=True)
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as runs:  # not among the user's own
-            environment = {
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "RLNB_RUNS": runs,
-                "RLNB_PROFILE": "cpu" if stage == "learning" else "smoke",
-                "HF_HUB_OFFLINE": "1",
-            }
-            passed = all(
-                subprocess.call(command, cwd=ROOT, env=environment) == 0
-                for command in _commands(stage, Path(runs) / "html")
-            )
-        verdict = "passed" if passed else "FAILED"
-        results.append(f"{stage} {verdict} in {time.monotonic() - began:.0f} s")
+            passed = all(_passes(command.split(), stage, runs) for command in STAGES[stage])
+        results.append(f"{stage} {'passed' if passed else 'FAILED'} in {time.monotonic() - began:.0f} s")
         print(f"=== {results[-1]}", flush=True)
     print("\n" + "\n".join(results))
     return int(any("FAILED" in line for line in results))
 
 
-def _commands(stage: str, pages: Path) -> list[list[str]]:
-    """The commands of a stage, each run if the one before it has passed. pages: for HTML copies."""
-    python = [sys.executable, "-m"]
-    nbval = ["-p", "no:python", "--nbval-lax", "--nbval-current-env"]
-    run = ["rlnb", "run", "--out", str(pages)]
-    other = ROOT / ".venv-plain"
-    plain = [str(bootstrap.interpreter(other)), "-m"]
-    return {
-        "lint": [[*python, "ruff", "check", "rlnb", "tests", "notebooks"]],
-        "unit": [[*python, "pytest", "tests"]],
-        "notebooks": [[*python, "pytest", *nbval, "notebooks"]],
-        "learning": [[*python, *run], [*python, "pytest", "-s", "tests/learning"]],
-        "plain": [
-            [*python, "rlnb", "setup", "--kind", "plain", "--venv", str(other)],
-            [*plain, "pytest", "tests"],
-            [*plain, *run, "02_sft", "08_grpo"],
-        ],
-        "browser": [
-            [*python, "pip", "install", "-q", "-r", "requirements-browser.txt"],
-            [*python, "pytest", "tests/browser"],
-        ],
-    }[stage]
+def _passes(words: list[str], stage: str, runs: str) -> bool:
+    python = sys.executable
+    if words[0] == "PLAIN":
+        python, words = str(environments.interpreter(ROOT / ".venv-plain")), words[1:]
+    words = [str(Path(runs, "html")) if word == "HTML" else word for word in words]
+    profile = "cpu" if stage == "learning" else "smoke"
+    own = {"PYTHONPATH": str(ROOT), "RLNB_RUNS": runs, "RLNB_PROFILE": profile, "HF_HUB_OFFLINE": "1"}
+    return subprocess.call([python, "-m", *words], cwd=ROOT, env={**os.environ, **own}) == 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
-"""Progress: where a training shows itself while it runs.
-
-A screen gets the logged rows: {"step": 3, "seconds": 4.1 since the training began, "loss": ...}. It is the
-output of a notebook's cell, lines in a terminal, or a panel (rlnb/show); rlnb/train/fit.py feeds it.
+"""Where a training shows itself while it runs: a screen, which rlnb/train/fit.py feeds with the logged rows,
+{"step": 3, "seconds": 4.1 since the training began, "loss": ...}.
 """
 
 import os
@@ -10,7 +8,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 Rows = Sequence[Mapping[str, float]]
-ACCURACIES = ("rewards/accuracies", "accuracy", "mean_token_accuracy")
 
 
 class Stopped(KeyboardInterrupt):
@@ -72,7 +69,8 @@ def metrics(keys: Iterable[str]) -> list[str]:
     keys = set(keys)
     if "reward" in keys:
         return [name for name in ("reward", "kl", "reward_std") if name in keys][:2]
-    accuracy = [name for name in ACCURACIES if name in keys][:1]
+    accuracies = ("rewards/accuracies", "accuracy", "mean_token_accuracy")
+    accuracy = [name for name in accuracies if name in keys][:1]
     return [name for name in ("loss", *accuracy, "logps/chosen", "logps/rejected") if name in keys]
 
 

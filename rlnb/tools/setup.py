@@ -2,12 +2,11 @@
 
     python -m rlnb setup                .venv with Unsloth (without on macOS: it has no torch there)
     python -m rlnb setup --kind plain   .venv without Unsloth, with a TRL that trains on a CPU alone
-    python -m rlnb setup --kind gpu     .venv with vLLM and what else Unsloth uses on a CUDA
-                                        machine; untested on a GPU until tests/gpu has run on one
+    python -m rlnb setup --kind gpu     .venv with vLLM and what else Unsloth uses on a CUDA machine
     python -m rlnb setup --here         the same in the Python that runs this: conda, Colab
 
-The other commands call `ensure` first. This file, __init__.py and __main__.py keep to what an old
-Python can parse, so that it gets as far as the message about its version.
+The other commands call `ensure` first. This file, __init__.py, __main__.py and check_machine.py keep to
+what an old Python can parse, so that it gets as far as the message about its version.
 """
 
 from __future__ import annotations  # for Python 3.9, still the system's own on some machines
@@ -29,11 +28,8 @@ STAMP = "rlnb-setup"  # in the environment's folder: its kind, then a fingerprin
 UNFINISHED = "unfinished"
 _PLAIN = (("-r", "requirements.txt"),)
 _UNSLOTH = (*_PLAIN, ("--no-deps", "-r", "requirements-unsloth.txt"))
-STEPS = {  # what each kind of environment asks of pip
-    "plain": _PLAIN,
-    "unsloth": _UNSLOTH,
-    "gpu": (*_UNSLOTH, ("-r", "requirements-gpu.txt")),
-}
+# What each kind of environment asks of pip.
+STEPS = {"plain": _PLAIN, "unsloth": _UNSLOTH, "gpu": (*_UNSLOTH, ("-r", "requirements-gpu.txt"))}
 FILES = ("requirements.txt", "requirements-unsloth.txt", "requirements-gpu.txt", "pyproject.toml")
 
 
@@ -44,7 +40,8 @@ def ensure(arguments: list[str]) -> None:
     """
     if not (ROOT / "requirements.txt").exists():
         return  # installed from a wheel: pip has seen to the packages
-    if _complete(Path(sys.prefix), _version(sys.executable)) or any(map(_pinned_here, STEPS)):
+    kind, state = _read_stamp(Path(sys.prefix))
+    if (kind and state == _fingerprint(kind, _version(sys.executable))) or any(map(_pinned_here, STEPS)):
         return
     become([str(setup(VENV)), "-m", "rlnb", *arguments])
 
@@ -68,10 +65,9 @@ def setup(prefix: Path | None, kind: str | None = None) -> Path:
     began = time.monotonic()
     folder = prefix or Path(sys.prefix)
     python = interpreter(prefix) if prefix else Path(sys.executable)
-    version = _version(python)
-    was, state = _read_stamp(folder)
+    version, (was, state) = _version(python), _read_stamp(folder)
     kind = kind or was or "unsloth"
-    if was == kind and _complete(folder, version):
+    if (was, state) == (kind, _fingerprint(kind, version)):
         _add_to_path(python)  # again, for a checkout that has moved
         return python
     afresh = version not in PYTHONS or state == UNFINISHED or was not in (None, kind)
@@ -81,10 +77,16 @@ def setup(prefix: Path | None, kind: str | None = None) -> Path:
     print(f"Setting up {folder} ({kind}); this takes minutes the first time.", flush=True)
     if kind == "unsloth" and shutil.which("nvidia-smi"):
         print("For the GPU of this machine: python -m rlnb setup --kind gpu", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    old = [path for path in folder.iterdir() if path.name != STAMP]
+    if base and old and not any((folder / name).exists() for name in ("pyvenv.cfg", STAMP)):
+        sys.exit(f"{folder} holds other files: give --venv a new or an empty folder.")
+    (folder / STAMP).write_text(f"{kind} {UNFINISHED}")  # now, for what is killed halfway
     if base:
-        subprocess.run([base, "-m", "venv", "--clear", str(prefix)], check=True)
+        for path in old:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        subprocess.run([base, "-m", "venv", str(folder)], check=True)
         version = _version(python)
-    (folder / STAMP).write_text(f"{kind} {UNFINISHED}")
     for step in STEPS[kind]:
         _pip_install(python, step, folder / "rlnb-setup.log")
     _add_to_path(python)
@@ -104,10 +106,9 @@ def _version(python: Path | str) -> str | None:
         return f"{sys.version_info[0]}.{sys.version_info[1]}"
     code = "import sys; print('%d.%d' % sys.version_info[:2])"
     try:
-        done = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True)
+        return subprocess.check_output([str(python), "-c", code], stderr=-3, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
 
 
 def _base_python() -> str:
@@ -116,16 +117,12 @@ def _base_python() -> str:
     candidates = (own, *filter(None, (shutil.which(f"python{version}") for version in PYTHONS)))
     python = next((p for p in candidates if _version(p) in PYTHONS), None)
     if python is None:
-        sys.exit(
-            f"rlnb needs Python {PYTHONS[0]} to {PYTHONS[-1]}: this is {_version(sys.executable)} "
-            "and the PATH has none of those.\nInstall one, or: conda env create -f environment.yml"
-        )
+        sys.exit(f"rlnb needs Python {PYTHONS[0]} to {PYTHONS[-1]}: this is {_version(sys.executable)} "
+                 "and the PATH has none of those.\nInstall one, or: conda env create -f environment.yml")
     if subprocess.run([python, "-c", "import ensurepip"], capture_output=True).returncode:
-        sys.exit(
-            f"{python} can't make virtual environments: it has no ensurepip.\n"
-            f"On Debian and Ubuntu: apt install python{_version(python)}-venv\n"
-            "Or use an environment of your own: python -m rlnb setup --here"
-        )
+        sys.exit(f"{python} can't make virtual environments: it has no ensurepip.\n"
+                 f"On Debian and Ubuntu: apt install python{_version(python)}-venv\n"
+                 "Or use an environment of your own: python -m rlnb setup --here")
     return python
 
 
@@ -138,11 +135,6 @@ def _read_stamp(folder: Path) -> tuple[str | None, str | None]:
     return (kind, state) if kind in STEPS else (None, None)
 
 
-def _complete(folder: Path, version: str | None) -> bool:
-    kind, state = _read_stamp(folder)
-    return kind is not None and state == _fingerprint(kind, version)
-
-
 def _fingerprint(kind: str, version: str | None) -> str:
     digest = hashlib.sha256(f"{kind} {version}".encode())
     for name in FILES:
@@ -150,16 +142,18 @@ def _fingerprint(kind: str, version: str | None) -> str:
     return digest.hexdigest()
 
 
+def pins(kind: str) -> dict[str, str]:
+    """Package -> version that a kind of environment has; the later file wins, as with pip."""
+    texts = ((ROOT / step[-1]).read_text(encoding="utf-8") for step in STEPS[kind])
+    return {name: pin for text in texts for name, pin in re.findall(r"(?m)^([\w.-]+)==([\w.]+)", text)}
+
+
 def _pinned_here(kind: str) -> bool:
     """Whether this Python has the versions of a kind of environment, whoever installed them."""
     from importlib import metadata  # 30 ms, and seldom needed
 
-    pins = {}
-    for step in STEPS[kind]:  # the later file wins, as with pip
-        text = (ROOT / step[-1]).read_text(encoding="utf-8")
-        pins.update(re.findall(r"^([\w.-]+)==([\w.]+)", text, re.MULTILINE))
     try:
-        return all(metadata.version(name).split("+")[0] == pin for name, pin in pins.items())
+        return all(metadata.version(name).split("+")[0] == pin for name, pin in pins(kind).items())
     except metadata.PackageNotFoundError:
         return False
 

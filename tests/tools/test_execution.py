@@ -14,7 +14,7 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from rlnb.tools import notebooks as execute
+from rlnb.tools import notebooks
 from rlnb.tools.setup import ROOT
 
 
@@ -43,7 +43,7 @@ def test_a_notebook_runs_here_and_is_written_back_clean(tmp_path, out, capsys, m
         "import ipywidgets\nipywidgets.IntSlider(3)",
     )
     monkeypatch.setenv("PARENT", sys.executable)
-    assert execute.main([str(path)], out=out, write=True) == 0
+    assert notebooks.execute_all([str(path)], out=out, write=True) == 0
     printed = capsys.readouterr().out
     assert "lesson: " in printed and (out / "lesson.html").as_uri() in printed
     assert "sft 33.3 %" in printed and re.search(r"^1 of 1 in \d+ s$", printed, re.MULTILINE)
@@ -56,11 +56,11 @@ def test_a_notebook_runs_here_and_is_written_back_clean(tmp_path, out, capsys, m
     assert code[0].outputs[0].text == f"rlnb/__init__.py\nTrue\n{tmp_path}\n"
     assert code[1].outputs == []
     assert notebook.metadata == {
-        "kernelspec": execute.KERNELSPEC,
+        "kernelspec": notebooks.KERNELSPEC,
         "language_info": {"name": "python"},
     }
     first = path.read_text()
-    assert execute.main([str(path)], out=out, write=True) == 0
+    assert notebooks.execute_all([str(path)], out=out, write=True) == 0
     assert path.read_text() == first, "executed twice, the same file"
 
 
@@ -68,7 +68,7 @@ def test_a_failure_is_named_and_does_not_stop_the_rest(tmp_path, out, capsys):
     bad = write(tmp_path, "bad", "x = 1", "x\n" * 7 + "1 / 0", "never")
     good = write(tmp_path, "good", "1")
     before = bad.read_text()
-    assert execute.main([str(bad), str(good)], out=out, write=True) == 1
+    assert notebooks.execute_all([str(bad), str(good)], out=out, write=True) == 1
     printed = capsys.readouterr().out
     assert "FAILED in cell 2 of 3\n    x\n" in printed
     assert "    ...\n  ZeroDivisionError: division by zero" in printed
@@ -88,7 +88,7 @@ def test_two_at_a_time(tmp_path, out, capsys):
         write(tmp_path, "two", meet.format("b", "a")),
         write(tmp_path, "wrong", "1 / 0"),
     ]
-    assert execute.main([str(path) for path in paths], out=out, write=True, jobs=2) == 1
+    assert notebooks.execute_all([str(path) for path in paths], out=out, write=True, jobs=2) == 1
     printed = capsys.readouterr().out
     assert "wrong: " in printed and "ZeroDivisionError" in printed
     assert re.search(r"^3 of 3 in \d+ s, 2 at a time, a core each$", printed, re.MULTILINE)
@@ -105,17 +105,17 @@ def test_two_at_a_time(tmp_path, out, capsys):
 def test_how_many_at_a_time(names, write, profile, cores, jobs, monkeypatch):
     monkeypatch.setenv("RLNB_PROFILE", profile)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert execute.usual_jobs(names, write) == jobs
+    assert notebooks.usual_jobs(names, write) == jobs
 
 
 def test_a_kernel_that_dies_is_a_failure(tmp_path, out, capsys, monkeypatch):
     path = write(tmp_path, "dies", "import os; os._exit(1)")
-    assert execute.main([str(path)], out=out) == 1
+    assert notebooks.execute_all([str(path)], out=out) == 1
     assert "FAILED in cell 1 of 1" in capsys.readouterr().out
     # This one does not even start.
     (tmp_path / "ipykernel_launcher.py").write_text("raise SystemExit(1)")
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert execute.main([str(path)], out=out) == 1
+    assert notebooks.execute_all([str(path)], out=out) == 1
     assert "FAILED before the first cell\n  RuntimeError: Kernel died" in capsys.readouterr().out
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
@@ -124,7 +124,7 @@ def test_a_kernel_that_dies_is_a_failure(tmp_path, out, capsys, monkeypatch):
 def test_what_is_no_notebook_is_named_and_does_not_stop_the_rest(tmp_path, out, capsys, text):
     bad, good = tmp_path / "bad.ipynb", write(tmp_path, "good", "1")
     bad.write_text(text, encoding="latin-1")
-    assert execute.main([str(bad), str(good)], out=out, write=True) == 1
+    assert notebooks.execute_all([str(bad), str(good)], out=out, write=True) == 1
     printed = capsys.readouterr().out
     assert f"bad: 0.0 s, FAILED, no notebook\n  {bad}: " in printed and "2 of 2 in" in printed
     assert [path.name for path in out.iterdir()] == ["good.html"]
@@ -179,11 +179,11 @@ def test_names_are_found_and_a_wrong_one_is_told(tmp_path, monkeypatch):
     (tmp_path / "solutions").mkdir()
     two, one = write(tmp_path, "02_two", "1"), write(tmp_path, "01_one", "1")
     answers = write(tmp_path / "solutions", "01_one", "1")
-    monkeypatch.setattr(execute, "NOTEBOOKS", tmp_path)
-    assert execute.find([]) == [one, two]
-    assert execute.find(["02_two", "solutions/01_one", str(one)]) == [two, answers, one]
-    with pytest.raises(SystemExit, match="no notebook 03_three; there are: 01_one, 02_two"):
-        execute.find(["02_two", "03_three"])
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+    assert notebooks.find([]) == [one, two]
+    assert notebooks.find(["02_two", "solutions/01_one", str(one)]) == [two, answers, one]
+    with pytest.raises(FileNotFoundError, match="no notebook 03_three; there are: 01_one, 02_two"):
+        notebooks.find(["02_two", "03_three"])
 
 
 def test_clean_merges_what_was_printed_and_drops_finished_progress_bars():
@@ -193,12 +193,12 @@ def test_clean_merges_what_was_printed_and_drops_finished_progress_bars():
     def shown(**data):
         return nbformat.from_dict({"output_type": "display_data", "data": data, "metadata": {}})
 
-    bar = shown(**{execute.WIDGET: {}, "text/plain": "Training:   0%|          | 0/3 [00:00<?]"})
+    bar = shown(**{notebooks.WIDGET: {}, "text/plain": "Training:   0%|          | 0/3 [00:00<?]"})
     cell = new_code_cell("", metadata={"tags": ["a"], "execution": {"iopub.execute_input": "now"}})
     cell.outputs = [stream("1\n"), stream("!", "stderr"), bar, stream(f"{ROOT}/runs/1 in {ROOT}\n")]
     info = {"name": "python", "version": "3"}
     notebook = new_notebook(cells=[cell], metadata={"widgets": {}, "language_info": info})
-    execute.clean(notebook)
+    notebooks.clean(notebook)
     assert [output.text for output in cell.outputs] == ["1\nruns/1 in .\n"]
     assert cell.metadata == {"tags": ["a"]}
     assert set(notebook.metadata) == {"kernelspec", "language_info"}

@@ -1,6 +1,6 @@
-"""Set-up: the requirement files agree with each other and with the imports, and bootstrap works.
+"""Set-up: the requirement files agree with each other and with the imports, and setting up works.
 
-bootstrap is tried for real, with a package of three lines that pip takes from a folder.
+It is tried for real, with a package of three lines that pip takes from a folder.
 """
 
 import ast
@@ -20,15 +20,15 @@ from pathlib import Path
 
 import pytest
 
-from rlnb.tools import setup as bootstrap
+from rlnb.tools import setup as environments
 
-ROOT = bootstrap.ROOT
+ROOT = environments.ROOT
 REQUIREMENT = re.compile(
     r'(?P<name>[\w.-]+)==(?P<version>[\w.]+)( ; sys_platform != "darwin")? +# \S.+'
 )
 
 
-ALL = [step[-1] for step in bootstrap.STEPS["gpu"]]
+ALL = [step[-1] for step in environments.STEPS["gpu"]]
 
 
 def requirements(name: str) -> dict[str, str]:
@@ -51,7 +51,7 @@ def test_versions_live_in_the_requirement_files_only():
     python = project["project"]["requires-python"]
     asked = re.findall(r"- (.*)", conda)
     assert asked == [f"python {python}", "pip", "pip:", "-r requirements.txt"]
-    assert python == ">=3.11,<3.14" and bootstrap.PYTHONS == ("3.11", "3.12", "3.13")
+    assert python == ">=3.11,<3.14" and environments.PYTHONS == ("3.11", "3.12", "3.13")
 
 
 def test_unsloth_gets_a_trl_that_it_allows_and_the_plain_path_one_that_trains_on_a_cpu():
@@ -91,13 +91,16 @@ def test_what_is_imported_is_declared():
     assert not undeclared
 
 
+LIGHT = ("profiles", "files", "machine", "task.problems", "task.rewards", "data.shapes", "record.runs",
+         "record.diagnose", "show.plots", "tools.experiments")  # fmt: skip
+
+
 def test_importing_rlnb_loads_nothing_heavy():
-    light = ["problems", "rewards", "runs", "recipes", "datasets", "plots"]
     heavy = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "matplotlib"}
     code = (
         "import sys, time; began = time.process_time(); import rlnb\n"
         "print(time.process_time() - began)\n"
-        f"for name in {light}: getattr(rlnb, name)\n"
+        f"import {', '.join(f'rlnb.{name}' for name in LIGHT)}\n"
         f"print(*{heavy} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=-1, text=True)
@@ -106,23 +109,31 @@ def test_importing_rlnb_loads_nothing_heavy():
     assert float(seconds) < 0.3
 
 
-@pytest.mark.parametrize("name", ["__init__", "__main__", "bootstrap"])
+STANDARD = ("rlnb/__init__.py", "rlnb/__main__.py", "rlnb/tools/__init__.py", "rlnb/tools/setup.py")
+
+
+@pytest.mark.parametrize("name", [*STANDARD, "rlnb/tools/check_machine.py"])
 def test_an_old_python_gets_as_far_as_the_message(name):
-    ast.parse((ROOT / "rlnb" / f"{name}.py").read_text(), feature_version=(3, 9))
+    tree = ast.parse((ROOT / name).read_text(), feature_version=(3, 9))
+    imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} - sys.stdlib_module_names <= {"rlnb"}
+    assert {name for name in imported if name.startswith("rlnb")} <= {"rlnb", "rlnb.tools", "rlnb.tools.setup"}
 
 
-# From here on bootstrap runs, in a project of its own.
+# From here on it sets up, in a project of its own.
 
 
 @pytest.fixture
 def project(tmp_path) -> Path:
     """A checkout whose only requirement is the package `tiny`; `rlnb data` shows which is there."""
-    (tmp_path / "rlnb").mkdir()
-    for name in ("__init__", "__main__", "bootstrap"):
-        shutil.copy(ROOT / "rlnb" / f"{name}.py", tmp_path / "rlnb")
+    for name in ("tools", "task"):
+        (tmp_path / "rlnb" / name).mkdir(parents=True)
+    for name in STANDARD:
+        shutil.copy(ROOT / name, tmp_path / name)
     show = "import tiny\n\ndef write_data():\n    print('tiny', tiny.VERSION)\n"
-    (tmp_path / "rlnb" / "problems.py").write_text(show)
-    for name in bootstrap.FILES:
+    (tmp_path / "rlnb" / "task" / "problems.py").write_text(show)
+    for name in environments.FILES:
         (tmp_path / name).touch()
     for version in ("1.0", "2.0"):
         info = f"tiny-{version}.dist-info"
@@ -193,24 +204,45 @@ def test_a_change_is_installed_in_place_and_what_pip_refuses_is_shown(project):
 
 def test_an_interrupted_install_starts_from_an_empty_environment(project):
     process = start(project, "setup")
-    stamp = project / ".venv" / bootstrap.STAMP
+    stamp = project / ".venv" / environments.STAMP
     while not stamp.exists():
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 130 and "Traceback" not in output
-    assert stamp.read_text() == f"unsloth {bootstrap.UNFINISHED}"
+    assert stamp.read_text() == f"unsloth {environments.UNFINISHED}"
     (project / ".venv" / "left over").touch()
     status, output = rlnb(project, "data")
     assert (status, output.splitlines()[-1]) == (0, "tiny 1.0")
     assert not (project / ".venv" / "left over").exists()
 
 
+def test_an_environment_whose_making_was_killed_is_made_anew(project):
+    """Killed before it has pip: the next set-up must not ask that pip to install."""
+    process = start(project, "setup")
+    while not (project / ".venv" / "pyvenv.cfg").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert not list((project / ".venv").rglob("pip/__main__.py")), "too late: this machine is fast"
+    status, output = rlnb(project, "data")
+    assert (status, output.splitlines()[-1]) == (0, "tiny 1.0"), output
+
+
+def test_a_folder_of_other_files_is_left_alone(project):
+    (project / "mine").mkdir()
+    (project / "mine" / "thesis.txt").touch()
+    status, output = rlnb(project, "setup", "--venv", "mine")
+    assert status == 1 and "holds other files" in output and "Traceback" not in output
+    assert [path.name for path in (project / "mine").iterdir()] == ["thesis.txt"]
+
+
 def test_another_kind_starts_from_an_empty_environment_and_is_remembered(project):
     (project / "requirements-unsloth.txt").write_text("tiny==2.0\n")
     assert rlnb(project, "setup", "--kind", "plain", "--venv", "other")[0] == 0
-    other = bootstrap.interpreter(project / "other")
+    other = environments.interpreter(project / "other")
     shown = [other, "-m", "rlnb", "data"]
     assert subprocess.check_output(shown, cwd=project, text=True) == "tiny 1.0\n"
     assert rlnb(project, "setup", "--venv", "other") == (0, "")
@@ -229,14 +261,14 @@ def test_what_runs_in_the_environment_imports_rlnb_from_any_folder(project, tmp_
         )
         return done.stdout.strip()
 
-    python = bootstrap.interpreter(project / ".venv")
+    python = environments.interpreter(project / ".venv")
     here = [python, "-m", "rlnb", "setup", "--here", "--kind", "plain"]
     subprocess.run([sys._base_executable, "-m", "venv", project / ".venv"], check=True)
     assert "No module named 'rlnb'" in place()
     subprocess.run(here, cwd=project, env=offline(project), check=True, stdout=-1)
     assert place() == str(project / "rlnb" / "__init__.py")
     project = project.rename(project.with_name("moved"))
-    python = bootstrap.interpreter(project / ".venv")
+    python = environments.interpreter(project / ".venv")
     assert "No module named 'rlnb'" in place()
     assert rlnb(project, "data") == (0, "tiny 1.0\n")
     assert place() == str(project / "rlnb" / "__init__.py")
@@ -250,27 +282,28 @@ def test_a_python_without_ensurepip_gets_the_way_out(project):
 
 
 def test_an_unsupported_python_gets_the_way_out(monkeypatch, tmp_path):
-    monkeypatch.setattr(bootstrap, "PYTHONS", ("3.98", "3.99"))
+    monkeypatch.setattr(environments, "PYTHONS", ("3.98", "3.99"))
     with pytest.raises(SystemExit, match=r"needs Python 3\.98 to 3\.99: this is 3\.1\d"):
-        bootstrap.setup(tmp_path / "new")
-    monkeypatch.setattr(bootstrap, "_complete", lambda folder, version: False)
+        environments.setup(tmp_path / "new")
+    monkeypatch.setattr(environments, "_read_stamp", lambda folder: (None, None))
     with pytest.raises(SystemExit, match=r"needs Python 3\.98 to 3\.99; .* is 3\.1\d"):
-        bootstrap.setup(None, "plain")
+        environments.setup(None, "plain")
 
 
 def test_an_environment_made_by_hand_is_used_as_it_is(monkeypatch, tmp_path):
-    for name in bootstrap.FILES:
+    for name in environments.FILES:
         (tmp_path / name).write_text("pytest==0.0.1  # not what is here\n")
-    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
-    assert not bootstrap._pinned_here("plain")
+    monkeypatch.setattr(environments, "ROOT", tmp_path)
+    assert not environments._pinned_here("plain")
     installed = f"pytest=={pytest.__version__}  # what is here\n"
     (tmp_path / "requirements.txt").write_text(installed)
-    bootstrap.ensure(["data"])  # returns, where it would otherwise replace this process
+    environments.ensure(["data"])  # returns, where it would otherwise replace this process
 
 
 def test_ci_goes_through_make():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert "make test" in lines and os.access(ROOT / ".ci" / "run", os.X_OK)
+
 
 def test_waiting_threads_do_not_spin_for_long():
     """Set by rlnb before torch is loaded, unless the user has set it."""

@@ -1,0 +1,62 @@
+"""What the doctor says of the machine, also of one whose packages are broken."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rlnb.tools import check_machine
+from rlnb.tools import setup as environments
+
+DOCTOR = [sys.executable, "-m", "rlnb", "doctor"]
+
+
+def here(**more):
+    return {**os.environ, "PYTHONPATH": str(environments.ROOT), **more}
+
+
+def test_the_command_looks_at_everything_and_finds_that_it_works():
+    done = subprocess.run(DOCTOR, capture_output=True, text=True, env=here(), timeout=300)
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines] == [look.__name__ for look in check_machine.LOOKS]
+    assert done.returncode == 0 and "PROBLEM" not in done.stdout
+
+
+def test_broken_packages_are_what_it_reports(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.13: not found')")
+    path = os.pathsep.join([str(tmp_path), str(environments.ROOT)])
+    done = subprocess.run(DOCTOR, capture_output=True, text=True, env=here(PYTHONPATH=path), timeout=300)
+    assert done.returncode == 1 and not done.stderr
+    for look in ("cores", "gpu", "bf16", "backend"):
+        line = next(line for line in done.stdout.splitlines() if line.split()[1] == look)
+        assert line.startswith("PROBLEM") and "libcudart.so.13" in line
+
+
+def test_missing_packages_are_what_it_reports():
+    code = f"import sys; sys.path.insert(0, {str(environments.ROOT)!r})\n"
+    code += "from rlnb.tools import check_machine; print(check_machine.report())"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    assert not done.stderr and "missing: torch, transformers" in done.stdout
+
+
+def test_versions_are_held_against_the_requirement_files(monkeypatch, tmp_path):
+    for step in environments.STEPS["gpu"]:
+        (tmp_path / step[-1]).write_text("")
+    monkeypatch.setattr(environments, "ROOT", tmp_path)
+    (tmp_path / "requirements.txt").write_text("psutil==0.0.1  # reads memory\n")
+    saw, level, do = check_machine.versions()
+    assert "tested 0.0.1" in saw and level == "advice" and "setup" in do
+    (tmp_path / "requirements.txt").write_text("no-such-package==1  # is not there\n")
+    assert check_machine.versions()[:2] == ("missing: no-such-package", "problem")
+
+
+def test_more_threads_than_cores_are_seen():
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(4 * os.cpu_count())
+    try:
+        assert check_machine.cores()[1] == "advice"
+    finally:
+        torch.set_num_threads(before)
