@@ -203,7 +203,7 @@ class Panel(live.Drawn):
 
     def show(self, rows: progress.Rows, total: int) -> None:
         self.rows = rows
-        self.status.value = f"<div>{self._phase()}{live.bar(rows, total)}</div>"
+        self.status.value = f"<div>{self._phase()}{live.progress_html(rows, total)}</div>"
         super().show(rows, total)
 
     def end(self, rows: progress.Rows, total: int) -> None:
@@ -232,7 +232,7 @@ class Panel(live.Drawn):
         shown = self.table.shown() + ([self.current] if self.current else [])
         found = dict(zip(labels(shown), shown, strict=True))
         curves, colours = {label: run.curve() for label, run in found.items()}, map(self.table.colour, found.values())
-        self.plot.value = live.card(curves, list(colours), total) if found else ""
+        self.plot.value = live.curves_html(curves, list(colours), total) if found else ""
 
     def _tell(self) -> None:
         """Show what a run would cost, or why it cannot be."""
