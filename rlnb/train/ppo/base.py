@@ -96,8 +96,9 @@ class ActorCriticTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         if has_adapter(self.model):
             # The class's own method: Unsloth puts another on the instance.
-            names = [POLICY, REFERENCE]
-            PeftModel.save_pretrained(self.model, str(folder), selected_adapters=names, save_embedding_layers=False)
+            PeftModel.save_pretrained(
+                self.model, str(folder), selected_adapters=[POLICY, REFERENCE], save_embedding_layers=False
+            )
             self.processing_class.save_pretrained(folder)
         else:
             super()._save(str(folder), state_dict)
