@@ -182,7 +182,7 @@ def test_a_label_must_be_a_boolean(label):
 @pytest.mark.parametrize("label", [True, False])
 def test_one_class_is_not_enough_for_kto(label, tmp_path):
     rows = [GOOD | {"label": label}] * 3
-    with pytest.raises(ValueError, match=f"^label is {label} in all 3 rows: KTO .* needs both"):
+    with pytest.raises(ValueError, match=f"^label is {label} in all 3 rows: KTO needs both"):
         shapes.unpaired(rows)
     with pytest.raises(ValueError, match=f"^k.jsonl: label is {label} in all 3 rows"):
         shapes.read(lines(tmp_path / "k.jsonl", rows), "unpaired")
@@ -199,11 +199,12 @@ def test_what_was_written_is_read(shape, tmp_path):
     built = shapes.read(lines(tmp_path / "x.jsonl", rows), shape)
     assert built.to_list() == rows
     built.to_parquet(tmp_path / "x.parquet")
-    assert shapes.read(str(tmp_path / "x.parquet"), shape).to_list() == rows
+    cache = str(tmp_path / "cache")
+    assert shapes.read(str(tmp_path / "x.parquet"), shape, cache_dir=cache).to_list() == rows
     folder = tmp_path / "owner" / "name"  # as the hub holds one, read by the same function
     folder.mkdir(parents=True)
     lines(folder / "train.jsonl", rows)
-    assert shapes.read(folder, shape, cache_dir=str(tmp_path / "cache")).to_list() == rows
+    assert shapes.read(folder, shape, cache_dir=cache).to_list() == rows
 
 
 def test_columns_of_later_rows_are_kept_and_empty_lines_are_none(tmp_path):
@@ -246,7 +247,6 @@ def test_strings_become_messages_and_an_unclear_prompt_is_refused(tmp_path):
         (b'{"prompt": \n', "x.jsonl, line 1: Expecting value"),
         (b"{}\n\xff\xfe\n", "x.jsonl, line 1: no column 'prompt', there are none"),
         (b"\n\xff\n", "x.jsonl, line 2: 'utf-8' codec can't decode"),
-        (b"[" * 100_000, "x.jsonl, line 1: maximum recursion"),
         (b"3\n", "x.jsonl, line 1: 3 is not an object"),
         (b"", "x.jsonl: a data set of shape prompts needs a row, and there is none"),
     ],
@@ -257,22 +257,13 @@ def test_a_broken_file_is_named(content, says, tmp_path):
         shapes.read(tmp_path / "x.jsonl", "prompts")
 
 
-def test_columns_that_mix_types_are_named(tmp_path):
-    path = lines(tmp_path / "x.jsonl", [PAIR | {"extra": 1}, PAIR | {"extra": {"a": 1}}])
-    with pytest.raises(ValueError, match=r"^x.jsonl: the rows do not fit into columns"):
-        shapes.read(path, "preference")
-    (tmp_path / "x.parquet").write_bytes(b"PAR1 but no more")
-    with pytest.raises(ValueError, match=r"^x.parquet: "):
-        shapes.read(tmp_path / "x.parquet", "preference")
-
-
 def test_what_is_no_source(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file or folder .*nothing.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"nothing.jsonl is no .jsonl or .parquet file"):
         shapes.read(tmp_path / "nothing.jsonl", "prompts")
-    with pytest.raises(FileNotFoundError, match="a data set on the hub is 'owner/name'"):
+    with pytest.raises(FileNotFoundError, match="no 'owner/name' on the hub"):
         shapes.read("data/pairs.jsonl", "prompts")  # a file's name is no data set's
     (tmp_path / "x.csv").write_text("prompt\nHow many?\n")
-    with pytest.raises(ValueError, match=r"x.csv: a data set is a .jsonl or .parquet file"):
+    with pytest.raises(FileNotFoundError, match=r"x.csv is no .jsonl or .parquet file"):
         shapes.read(tmp_path / "x.csv", "prompts")
     with pytest.raises(ValueError, match="no shape 'pairs'; there are prompt-completion, prompts"):
         shapes.read(tmp_path / "x.csv", "pairs")
