@@ -121,15 +121,16 @@ class Clarity(Annotator):
         return total / (self.correctness + self.clarity + self.format)
 
 
+@dataclass(frozen=True)
 class AI(Annotator):
     """A model as the annotator, which sees the prompt and the response and no answer (RLAIF).
 
-    score: from conversations, prompt and response together, to a number for each, such as
-    ``lambda texts: reward_model.score(model, tokenizer, texts)``, or ``judge.mean_log_prob`` likewise.
+    model_score: from conversations, prompt and response together, to a number for each, such as
+        ``lambda texts: reward_model.score(model, tokenizer, texts)``, or ``judge.mean_log_prob`` likewise.
     """
 
-    def __init__(self, score: Callable[[list[list[dict[str, str]]]], list[float]], name: str = "ai") -> None:
-        self.model_score, self.name = score, name
+    model_score: Callable[[list[list[dict[str, str]]]], list[float]]
+    name: str = "ai"
 
     def scores(self, row: Row) -> list[float]:
         texts = list(dict.fromkeys(row["responses"]))  # equal texts must get equal scores

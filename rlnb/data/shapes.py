@@ -69,9 +69,8 @@ def subset(problems: "Sequence | Dataset", n: int, seed: int = 0) -> "list | Dat
 def read(source: str | Path, shape: str, split: str = "train", **options: Any) -> "Dataset":
     """A data set in one of SHAPES from a .jsonl or .parquet file, a folder, or "owner/name" on the hub.
 
-    split and options go to datasets.load_dataset, which reads all but .jsonl. Strings become messages, and an
-    implicit prompt (the messages that chosen and rejected share) a column. Raises FileNotFoundError, and
-    ValueError with file, line, field and value for what no trainer can use.
+    split and options go to datasets.load_dataset, which reads all but .jsonl. Strings become messages. Raises
+    FileNotFoundError, and ValueError with file, line, field and value for what no trainer can use.
     """
     if shape not in SHAPES:
         raise ValueError(f"there is no shape {shape!r}; there are {', '.join(SHAPES)}")
@@ -141,27 +140,18 @@ def _build(shape: str, places: Iterable[tuple[str, Any]], name: str = "") -> "Da
 
     rows = []
     for where, row in places:
-        rows.append(_conversational(row) if isinstance(row, Mapping) else row)
-        check_row(rows[-1], shape, where)
+        if isinstance(row, Mapping):
+            says = {c: row[c] for c in ROLES if isinstance(row.get(c), str)}
+            row = {**row} | {c: [{"role": ROLES[c], "content": text}] for c, text in says.items()}
+        check_row(row, shape, where)
+        rows.append(row)
     if not rows:
         raise ValueError(f"{name}a data set of shape {shape} needs a row, and there is none")
     if shape == "unpaired" and len({row["label"] for row in rows}) == 1:
-        raise ValueError(f"{name}label is {rows[0]['label']} in all {len(rows)} rows: KTO needs both")
+        alike = f"{name}label is {rows[0]['label']} in all {len(rows)} rows"
+        raise ValueError(f"{alike}: KTO learns from good and bad ones, so it needs both")
     columns = dict.fromkeys(column for row in rows for column in row)
     return Dataset.from_list([{c: row.get(c) for c in columns} for row in rows])
-
-
-def _conversational(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Texts as messages; an implicit prompt explicit, as by TRL's function, which drops other columns."""
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(row.get("prompt"), list):
-        most = max(0, min(len(chosen), len(rejected)) - 1)
-        n = next((i for i in range(most) if chosen[i] != rejected[i]), most)
-        if n:
-            row = {**row, "prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]}
-    return {column: [{"role": ROLES[column], "content": value}]
-            if column in ROLES and isinstance(value, str) else value
-            for column, value in row.items()}  # fmt: skip
 
 
 def _numbered(rows: Iterable[Any], name: str = "") -> Iterator[tuple[str, Any]]:

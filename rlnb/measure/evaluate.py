@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlnb.measure.intervals import Difference, Estimate, Proportion, paired
+from rlnb.measure.intervals import Difference, Estimate, Proportion
 from rlnb.model import sampling
 from rlnb.profiles import by
 from rlnb.task import problems as task
@@ -36,7 +36,6 @@ class Report:
     strict = property(lambda self: self.share("strict"))
     correct = property(lambda self: self.share("correct"))
     format = property(lambda self: self.share("format"))
-
     mean_tokens = property(lambda self: fmean(row["tokens"] for row in self.rows))
 
     def share(self, what: str) -> Proportion:
@@ -68,12 +67,13 @@ def accuracy(
     rows = []
     for problem, (text,), (ids,) in zip(problems, found.texts, found.ids, strict=True):
         grade = task.grade(text, problem.question, problem.answer)
-        rows.append(_head(problem) | {"completion": text, "tokens": len(ids), **vars(grade)})
+        rows.append({"id": problem.id, "kind": problem.kind, "steps": problem.steps, "completion": text,
+                     "tokens": len(ids), **vars(grade)})  # fmt: skip
     return Report(rows)
 
 
 def compare(before: Report, after: Report, what: str = "strict") -> Difference:
-    """The difference in a share over the same problems, in whatever order they come (``paired``).
+    """The difference in a share over the same problems, in whatever order they come.
 
     Raises ValueError if the reports are not of the same problems.
     """
@@ -84,7 +84,7 @@ def compare(before: Report, after: Report, what: str = "strict") -> Difference:
         raise ValueError(f"{len(first)} and {len(second)} problems are not the same; in one report only: {odd}")
     gained = sum(second[i] and not first[i] for i in first)
     lost = sum(first[i] and not second[i] for i in first)
-    return paired(gained, lost, len(first))
+    return Difference(gained, lost, len(first))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -144,7 +144,7 @@ def passes(
     for problem, texts in zip(problems, found.texts, strict=True):
         grades = [task.grade(text, problem.question, problem.answer) for text in texts]
         counts = {what: sum(getattr(grade, what) for grade in grades) for what in ("strict", "correct")}
-        rows.append(_head(problem) | {"n": n} | counts)
+        rows.append({"id": problem.id, "kind": problem.kind, "steps": problem.steps, "n": n, **counts})
     return Passes(rows, ks, settings.get("seed", 0))
 
 
@@ -154,7 +154,3 @@ def _sample(model: Any, tokenizer: Any, problems: Sequence[Problem], n: int, lim
     prompts = [task.prompt(p) for p in problems]
     limit = max_new_tokens() if limit is None else limit
     return sampling.sample(model, tokenizer, prompts, n, max_new_tokens=limit, **settings)
-
-
-def _head(problem: Problem) -> dict[str, Any]:
-    return {"id": problem.id, "kind": problem.kind, "steps": problem.steps}

@@ -55,30 +55,29 @@ def wilson(k: int, n: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher the second share is than the first, on the same problems."""
+    """How much higher the second of two shares is, on the same n problems: gained are those that only the second
+    solves, lost those that only the first does.
 
-    mean: float
-    low: float
-    high: float
-    gained: int  # problems that only the second solves
-    lost: int  # problems that only the first solves
+    With the adjusted Wald interval of Agresti and Min (2005, Statistics in Medicine 24, p. 729): half an
+    observation more in each cell of the two-by-two table holds the level for small counts.
+    """
+
+    gained: int
+    lost: int
     n: int
+
+    mean = property(lambda self: (self.gained - self.lost) / self.n)
+    low = property(lambda self: max(-1.0, self._interval()[0]))
+    high = property(lambda self: min(1.0, self._interval()[1]))
+
+    def _interval(self) -> tuple[float, float]:
+        more, n = self.gained - self.lost, self.n + 2
+        half = Z * math.sqrt(self.gained + self.lost + 1 - more**2 / n) / n
+        return more / n - half, more / n + half
 
     def __str__(self) -> str:
         mean, low, high = (f"{100 * x:+.1f}" for x in (self.mean, self.low, self.high))
         return f"{mean} points [{low}, {high}]; {self.gained} gained, {self.lost} lost of {self.n}"
-
-
-def paired(gained: int, lost: int, n: int) -> Difference:
-    """The difference between two shares of the same n, of which some were gained and some lost.
-
-    The adjusted Wald interval of Agresti and Min (2005, Statistics in Medicine 24, p. 729): half an observation
-    more in each cell of the two-by-two table holds the level for small counts.
-    """
-    middle = (gained - lost) / (n + 2)
-    half = Z * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2)) / (n + 2)
-    low, high = max(-1.0, middle - half), min(1.0, middle + half)
-    return Difference((gained - lost) / n, low, high, gained, lost, n)
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:

@@ -72,9 +72,12 @@ def _check_adapter(model: Any) -> None:
     configs = getattr(model, "peft_config", {})
     if not configs:
         raise ValueError("the model has no adapter to disable: pass reference=, the base for one")
-    if odd := [c.init_lora_weights for c in configs.values() if rewrites_base(c.init_lora_weights)]:
-        raise ValueError(f"the adapter was initialised with {odd[0]!r}, which changes the base's weights: "
-                         "without it the model is not the base, so pass that as reference=")  # fmt: skip
+    for config in configs.values():
+        if rewrites_base(config.init_lora_weights):
+            raise ValueError(
+                f"the adapter was initialised with {config.init_lora_weights!r}, which changes the base's "
+                "weights: without it the model is not the base, so pass that as reference="
+            )
 
 
 def log_probs(model: Any, pairs: Pairs) -> torch.Tensor:

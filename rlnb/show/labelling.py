@@ -44,14 +44,11 @@ class Item:
 
     row: Row
     shown: list[str]
-
-    @property
-    def key(self) -> tuple:
-        return self.row["id"], frozenset(self.shown)
+    key = property(lambda self: (self.row["id"], frozenset(self.shown)))
 
 
 class Session:
-    """One annotator's way through rows of responses; the next session of that name and file goes on with it.
+    """One annotator's way through rows of responses; the next session of that name and path goes on with it.
 
     rows: {id, prompt, responses} and, for ``agreement``, {question, answer}. Of a row's distinct responses two
         are drawn, the same for everybody; who stands left is drawn for each annotator anew, so that a liking
@@ -69,8 +66,7 @@ class Session:
         if not self.items:
             raise ValueError(f"none of the {len(rows)} rows has two different responses to compare")
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self._by_key = {item.key: item for item in self.items}
-        self.labels = self._read()  # by item key, in the order of coming
+        self.labels = self._read()  # the answers by item key, in the order of coming
 
     @property
     def current(self) -> Item | None:
@@ -90,9 +86,9 @@ class Session:
         """Take this annotator's last answer back, also one of an earlier session; it is asked again."""
         if not self.labels:
             raise ValueError(f"{self.annotator} has answered nothing that could be taken back")
-        key = next(reversed(self.labels))
-        self._append(self._by_key[key], "undo")
-        del self.labels[key]
+        last = next(reversed(self.labels))
+        self._append(next(item for item in self.items if item.key == last), "undo")
+        del self.labels[last]
 
     def play(self, annotator: Annotator, n: int | None = None) -> None:
         """Let an annotator of rlnb.data.annotators answer the next n items, by default all."""
@@ -119,9 +115,8 @@ class Session:
         for item in self.items:
             event = self.labels.get(item.key, {"choice": "skip"})
             if event["choice"] != "skip":
-                first = item.row["responses"][0]
-                preferred = dict(zip(SIDES, event["shown"], strict=True)).get(event["choice"])
-                verdict = 0 if preferred is None else 1 if preferred == first else -1
+                shown = dict(zip(SIDES, event["shown"], strict=True)) | {"tie": None}
+                verdict = {item.row["responses"][0]: 1, None: 0}.get(shown[event["choice"]], -1)
                 found.append(preferences.judged(item.row, self.annotator, [(0, 1, verdict)]))
         return found
 
@@ -153,23 +148,22 @@ class Session:
         return Item({**row, "responses": texts}, shown)
 
     def _append(self, item: Item, choice: str) -> dict[str, Any]:
-        # One write of one line, so that two sessions on one file don't cut each other's lines. A line that
-        # a crash has cut is ended first.
+        # A line that a crash has cut is ended first.
         event = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "annotator": self.annotator,
                  "id": item.row["id"], "choice": choice, "shown": item.shown}  # fmt: skip
         line = (json.dumps(event, ensure_ascii=False) + "\n").encode()
-        with self.file.open("a+b", buffering=0) as file:
+        with self.file.open("a+b") as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else b"\n" + line
-            if file.write(line) != len(line):
-                raise OSError(f"{self.file}: the answer was not written in full; is the disk full?")
+            file.write(line)
+            file.flush()
             os.fsync(file.fileno())
         return event
 
     def _read(self) -> dict[tuple, dict]:
         """This annotator's answers that count, for the items of this session."""
-        labels, broken = {}, []
+        labels, broken, keys = {}, [], {item.key for item in self.items}
         lines = self.file.read_bytes().splitlines() if self.file.is_file() else []
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -177,7 +171,7 @@ class Session:
             try:
                 event = json.loads(line)
                 key, choice = (event["id"], frozenset(event["shown"])), event["choice"]
-                if event["annotator"] == self.annotator and key in self._by_key:
+                if event["annotator"] == self.annotator and key in keys:
                     labels.pop(key, None)
                     if choice in ANSWERS:  # else it is "undo"
                         labels[key] = event
@@ -213,12 +207,11 @@ class LabelView:
 
     def act(self, what: str) -> None:
         """Answer, or "undo", and show what comes next. What goes wrong is shown, not raised."""
-        said = ""
         try:
             self.session.undo() if what == "undo" else self.session.choose(what)
+            self.refresh()
         except (OSError, ValueError) as error:
-            said = str(error)
-        self.refresh(said)
+            self.refresh(str(error))
 
     def refresh(self, said: str = "") -> None:
         """Show the session as it is, with a message below."""

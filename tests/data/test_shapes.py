@@ -182,7 +182,7 @@ def test_a_label_must_be_a_boolean(label):
 @pytest.mark.parametrize("label", [True, False])
 def test_one_class_is_not_enough_for_kto(label, tmp_path):
     rows = [GOOD | {"label": label}] * 3
-    with pytest.raises(ValueError, match=f"^label is {label} in all 3 rows: KTO needs both"):
+    with pytest.raises(ValueError, match=f"^label is {label} in all 3 rows: KTO .* needs both"):
         shapes.unpaired(rows)
     with pytest.raises(ValueError, match=f"^k.jsonl: label is {label} in all 3 rows"):
         shapes.read(lines(tmp_path / "k.jsonl", rows), "unpaired")
@@ -213,21 +213,6 @@ def test_columns_of_later_rows_are_kept_and_empty_lines_are_none(tmp_path):
     assert shapes.read(path, "preference")["source"][:] == [None, "me"]
 
 
-def test_an_implicit_prompt_becomes_trls_explicit_one(tmp_path):
-    from trl.data_utils import maybe_extract_prompt
-
-    talk = [SYSTEM, USER, ANSWER, USER]
-    rows = [
-        {"chosen": [*talk, ANSWER], "rejected": [*talk, ANSWER | {"content": "6"}]},
-        {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER | {"content": "7"}]},
-        # some data sets on the hub repeat the prompt as a string
-        {"prompt": "How many?", "chosen": [USER, ANSWER], "rejected": [USER, PAIR["rejected"][0]]},
-    ]
-    found = shapes.read(lines(tmp_path / "x.jsonl", rows), "preference").to_list()
-    assert found == [maybe_extract_prompt(row) for row in rows]
-    assert found[0]["prompt"] == talk and found[2] == PAIR
-
-
 def test_strings_become_messages_and_an_unclear_prompt_is_refused(tmp_path):
     text = {"prompt": "How many?", "chosen": "5", "rejected": "6"}
     mixed = text | {"chosen": [ANSWER], "rejected": [ANSWER | {"content": "6"}]}
@@ -235,9 +220,6 @@ def test_strings_become_messages_and_an_unclear_prompt_is_refused(tmp_path):
     assert shapes.read(path, "preference").to_list() == [PAIR, PAIR]
     lines(path, [{"chosen": "Human: How many? 5", "rejected": "Human: How many? 6"}])
     with pytest.raises(ValueError, match="line 1: no column 'prompt'"):
-        shapes.read(path, "preference")
-    lines(path, [{"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}])
-    with pytest.raises(ValueError, match="line 1: chosen and rejected are both '5'"):
         shapes.read(path, "preference")
 
 
