@@ -42,7 +42,7 @@ class Cell(Drawn):
         from IPython.display import display
 
         shown = [row for n, row in enumerate(rows, 1) if progress.shown(n, total) or n == len(rows)]
-        data = {"text/html": card({"": rows}, [draw.COLOURS[0]], total, bar(rows, total)),
+        data = {"text/html": curves_html({"": rows}, [draw.COLOURS[0]], total, progress_html(rows, total)),
                 "text/plain": "\n".join(progress.line(row, total) for row in shown)}  # fmt: skip
         if self.handle is None:
             self.handle = display(data, raw=True, display_id=True)
@@ -50,7 +50,7 @@ class Cell(Drawn):
             self.handle.update(data, raw=True)
 
 
-def card(curves: Mapping[str, progress.Rows], colours: Sequence[str], total: int = 0, head: str = "") -> str:
+def curves_html(curves: Mapping[str, progress.Rows], colours: Sequence[str], total: int = 0, head: str = "") -> str:
     """HTML: the rows of runs by label, drawn with the metrics of the last run that has any, in a light card.
 
     total: steps that the axes have room for. head: HTML above.
@@ -68,7 +68,7 @@ def card(curves: Mapping[str, progress.Rows], colours: Sequence[str], total: int
     return f"<div style='{style};font:12px/1.5 sans-serif'>{head}</div>"
 
 
-def bar(rows: progress.Rows, total: int) -> str:
+def progress_html(rows: progress.Rows, total: int) -> str:
     """HTML: how far a training is, and how long it will still take at this pace."""
     step, spent = int(rows[-1]["step"]), rows[-1]["seconds"]
     left = f", about {progress.pace(rows) * (total - step):.0f} s left" if step < total else ""

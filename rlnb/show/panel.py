@@ -138,8 +138,8 @@ class Panel(live.Drawn):
         self._say("Loading the model and the data.")
         self._tell()
         self.ended.clear()
-        seed, limit = self.knobs["seed"].value, self.knobs["max_lora_rank"].value
-        arguments = dict(seed=seed, lora=self.adapter, max_lora_rank=limit) | self.given | self.settings
+        arguments = {key: self.knobs[key].value for key in ("seed", "max_lora_rank")} | {"lora": self.adapter}
+        arguments |= self.given | self.settings
         threading.Thread(target=self._work, args=(arguments,), daemon=True).start()
         if wait:
             self.wait()
@@ -194,7 +194,7 @@ class Panel(live.Drawn):
             self.stop()
             self.ended.wait(3)  # seconds; JupyterLab gives a kernel five
 
-    # --- what the training calls, in its thread --------------------------------------------------
+    # --- what the training calls, in its thread: the methods of progress.Screen -------------------
 
     def begin(self, total: int) -> None:
         here = machine.process()
@@ -203,7 +203,7 @@ class Panel(live.Drawn):
 
     def show(self, rows: progress.Rows, total: int) -> None:
         self.rows = rows
-        self.status.value = f"<div>{self._phase()}{live.bar(rows, total)}</div>"
+        self.status.value = f"<div>{self._phase()}{live.progress_html(rows, total)}</div>"
         super().show(rows, total)
 
     def end(self, rows: progress.Rows, total: int) -> None:
@@ -220,10 +220,10 @@ class Panel(live.Drawn):
     def refresh(self) -> None:
         """Read the registry anew, and show everything."""
         here = dict(model=base_name(resolve(model_name())), profile=profile())
-        found = runs.find(method=self.method, notebook=runs.this_notebook(), **here)
+        mine = runs.find(method=self.method, notebook=runs.this_notebook(), **here)
+        self.table.update([run for run in mine if run.status != "running"])
         self.timing = forecast.timing(self.method)
         self.sft = {(run.seed, run.config.get("rank")) for run in runs.find(method="sft", status="done", **here)}
-        self.table.update([run for run in found if run.status != "running"])
         self._tell()
         self.draw()
 
@@ -232,7 +232,7 @@ class Panel(live.Drawn):
         shown = self.table.shown() + ([self.current] if self.current else [])
         found = dict(zip(labels(shown), shown, strict=True))
         curves, colours = {label: run.curve() for label, run in found.items()}, map(self.table.colour, found.values())
-        self.plot.value = live.card(curves, list(colours), total) if found else ""
+        self.plot.value = live.curves_html(curves, list(colours), total) if found else ""
 
     def _tell(self) -> None:
         """Show what a run would cost, or why it cannot be."""
@@ -250,11 +250,11 @@ class Panel(live.Drawn):
             spent = f"takes about <b>{whole:.0f} s</b>, {values['max_steps']} steps of {step:.2g} s"
         if self.start == "sft" and (self.knobs["seed"].value, lora.rank) not in self.sft:
             spent += "<br>before that an SFT run of this rank and seed"
+        peak = (takes + forecast.held()) / memory.MB
         self.costs.value = (
-            f"<div style='line-height:1.6;margin:6px 0'>alpha / r = {lora.alpha:g} / {lora.rank} = "
-            f"{lora.alpha / lora.rank:g}<br>trains <b>{trains:,}</b> parameters<br>{spent}<br>memory about "
-            f"<b>{(takes + forecast.held()) / memory.MB:,.0f} MB</b>, {takes / memory.MB:,.0f} MB of it for training"
-            "</div>"
+            f"<div style='line-height:1.6'>alpha / r = {lora.alpha:g} / {lora.rank} = {lora.alpha / lora.rank:g}<br>"
+            f"trains <b>{trains:,}</b> parameters<br>{spent}<br>memory about <b>{peak:,.0f} MB</b>, "
+            f"{takes / memory.MB:,.0f} MB of it for training</div>"
         )
 
     def _say(self, said: str, colour: str = "inherit") -> None:
@@ -277,10 +277,8 @@ class Panel(live.Drawn):
 
     def _knob(self, key: str, value: float) -> Any:
         make = ipywidgets.Dropdown if key == "max_lora_rank" else ipywidgets.SelectionSlider
-        knob = make(
-            options=_options({value, *_offered(key, value)}), value=value, description=name(key),
-            layout={"width": "auto"}, style={"description_width": "8.5rem"},
-        )  # fmt: skip
+        knob = make(options=_options({value, *_offered(key, value)}), value=value, description=name(key),
+                    layout={"width": "auto"}, style={"description_width": "8.5rem"})  # fmt: skip
         knob.observe(lambda _: self._tell(), "value")
         return knob
 

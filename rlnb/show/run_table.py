@@ -117,6 +117,6 @@ def block(said: str, colour: str = "inherit") -> str:
 
 
 def button(name: str, look: str, act: Callable[[], Any]) -> ipywidgets.Button:
-    made = ipywidgets.Button(description=name, button_style=look, layout={"width": "5.5rem"})
-    made.on_click(lambda _: act())
-    return made
+    widget = ipywidgets.Button(description=name, button_style=look, layout={"width": "5.5rem"})
+    widget.on_click(lambda _: act())
+    return widget

@@ -30,6 +30,7 @@ from rlnb.profiles import PRACTICE, by, model_name, profile
 from rlnb.record import runs
 from rlnb.show import plots
 from rlnb.task import problems
+from rlnb.task.problems import Problem
 from rlnb.tools import experiments
 from rlnb.train import methods
 from rlnb.train.loop import fingerprint
@@ -53,9 +54,10 @@ class Method:
     judged: bool = False  # by the reward model, whose labels it uses
 
 
-def _usual(needs: str, name: str, judged: bool = False) -> Method:
+def _usual(needs: str, name: str, start: str | None = None, judged: bool = False) -> Method:
     """As rlnb.train has it, after SFT or from the base."""
-    return Method(needs, lambda seed: methods.train(name, seed), name, judged)
+    method = name.removesuffix("_from_base")
+    return Method(needs, lambda seed: methods.train(method, seed, start=start), name, judged)
 
 
 def _sft_on_all(seed: int) -> runs.Run:
@@ -84,9 +86,7 @@ METHODS = {
     "SFT, PPO": _usual("a reward model", "ppo", judged=True),
     "SFT, RLOO": _usual("a reward model", "rloo", judged=True),
     "SFT, GRPO": _usual("a checker", "grpo"),
-    "GRPO from base": Method(
-        "a checker", lambda seed: methods.train("grpo", seed, start="base"), "grpo_from_base"
-    ),
+    "GRPO from base": _usual("a checker", "grpo_from_base", start="base"),
 }
 
 
@@ -131,10 +131,9 @@ def row(name: str, seed: int, run: runs.Run | None = None) -> dict[str, Any]:
     return found | {"train_seconds": round(seconds, 1), "peak_memory_mb": round(memory)}
 
 
-def tests() -> list[tuple[str, problems.Problem]]:
+def tests() -> list[tuple[str, Problem]]:
     """Split and problem, in the order of SPLITS; fewer of them in the smoke profile."""
-    most = by(cpu=None, smoke=16)
-    return [(split, p) for split, n in SPLITS.items() for p in problems.load(split)[:n][:most]]
+    return [(split, p) for split, n in SPLITS.items() for p in problems.load(split)[: by(cpu=n, smoke=16)]]
 
 
 def _policy(model: Any, tokenizer: Any, sft: runs.Run) -> dict[str, Any]:
@@ -146,28 +145,23 @@ def _policy(model: Any, tokenizer: Any, sft: runs.Run) -> dict[str, Any]:
     return found | {"kl": round(moved.mean, 4), "kl_error": round(moved.error, 4)}
 
 
-def moved_from(
-    start: runs.Run, model: Any, tokenizer: Any, asked: Sequence[problems.Problem], seed: int = 0
-) -> KL:
+def moved_from(start: runs.Run, model: Any, tokenizer: Any, asked: Sequence[Problem], seed: int = 0) -> KL:
     """How far the policy is from a run's, on samples for these problems."""
     reference, _ = load_model(model_name(), start.adapter)
-    prompts, longest = [problems.prompt(p) for p in asked], evaluate.max_new_tokens()
-    return kl(model, tokenizer, prompts, reference=reference, max_new_tokens=longest, seed=seed)
+    return kl(model, tokenizer, [problems.prompt(p) for p in asked], reference=reference, seed=seed)
 
 
 def _best_of(model: Any, tokenizer: Any, seed: int) -> dict[str, Any]:
     """The same of the sample that the reward model likes best. Its KL is an upper bound."""
     splits, asked = zip(*tests(), strict=True)
-    prompts, longest = [problems.prompt(p) for p in asked], evaluate.max_new_tokens()
-    drawn = sampling.sample(model, tokenizer, prompts, n=BEST_OF, seed=seed, max_new_tokens=longest)
-    texts = [
-        [*prompt, {"role": "assistant", "content": text}]
-        for prompt, group in zip(prompts, drawn.texts, strict=True) for text in group
-    ]  # fmt: skip
-    scores = iter(reward_model.score(*reward_model.load(model_name(), methods.judge(seed)), texts))
+    prompts = [problems.prompt(p) for p in asked]
+    drawn = sampling.sample(model, tokenizer, prompts, n=BEST_OF, seed=seed)
+    answers = ([{"role": "assistant", "content": text}] for group in drawn.texts for text in group)
+    texts = [prompt + next(answers) for prompt in prompts for _ in range(BEST_OF)]
+    scores = reward_model.score(*reward_model.load(model_name(), methods.judge(seed)), texts)
     strict, tokens = [], []
-    for problem, group, ids in zip(asked, drawn.texts, drawn.ids, strict=True):
-        likes = [next(scores) for _ in group]
+    for i, (problem, group, ids) in enumerate(zip(asked, drawn.texts, drawn.ids, strict=True)):
+        likes = scores[BEST_OF * i :][:BEST_OF]
         best = likes.index(max(likes))
         strict.append(problems.grade(group[best], problem.question, problem.answer).strict)
         tokens.append(len(ids[best]))
@@ -192,31 +186,21 @@ def read(path: Path = OUT) -> list[dict[str, Any]]:
     return experiments.read(path)
 
 
-def _of(rows: Rows, name: str) -> Rows:
-    return [row for row in rows if row["method"] == name]
+def shares(rows: Rows, name: str, split: str = "id") -> dict[int, float]:
+    """Percent of a split that a method gets right, by seed."""
+    return {r["seed"]: 100 * r[split] / r[f"{split}_n"] for r in rows if r["method"] == name}
 
 
-def _names(rows: Rows) -> list[str]:
-    """The methods that have rows, in their order."""
-    return [name for name in METHODS if _of(rows, name)]
-
-
-def share(row: dict, split: str = "id") -> float:
-    return row[split] / row[f"{split}_n"]
-
-
-def strict(rows: Rows, name: str, split: str = "id") -> Estimate:
+def strict(rows: Rows, name: str, split: str = "id", widen: float = 1.0) -> Estimate:
     """Strict accuracy of a method on a split."""
-    mean, low, high = over_seeds([share(r, split) for r in _of(rows, name)])
-    return Estimate(mean, max(0.0, low), min(1.0, high))
+    mean, low, _ = (x / 100 for x in over_seeds(list(shares(rows, name, split).values())))
+    half = (mean - low) * widen
+    return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
 
 
 def expected(rows: Rows, name: str, split: str = "id") -> Estimate:
     """Where one more seed falls, 95 times of 100: wider than the interval of the mean."""
-    shares = [share(r, split) for r in _of(rows, name)]
-    mean, low, high = over_seeds(shares)
-    half = (high - low) / 2 * (len(shares) + 1) ** 0.5
-    return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
+    return strict(rows, name, split, widen=(len(shares(rows, name)) + 1) ** 0.5)
 
 
 def points(rows: Rows, column: str) -> dict[str, tuple[float | None, Estimate]]:
@@ -224,11 +208,19 @@ def points(rows: Rows, column: str) -> dict[str, tuple[float | None, Estimate]]:
     ``plots.frontier``. None for those that have 0 there where others have seconds or labels.
     """
     found = {}
-    for name in _names(rows):
-        x = median(r[column] for r in _of(rows, name))
-        found[name] = (x if x or column == "kl" else None, over_seeds([100 * share(r) for r in _of(rows, name)]))
-    found.pop("base", None)
+    for name in (name for name in _names(rows) if name != "base"):
+        x = _median(rows, name, column)
+        found[name] = (x if x or column == "kl" else None, over_seeds(list(shares(rows, name).values())))
     return found
+
+
+def _names(rows: Rows) -> list[str]:
+    """The methods that have rows, in their order."""
+    return [name for name in METHODS if shares(rows, name)]
+
+
+def _median(rows: Rows, name: str, column: str) -> float:
+    return median(r[column] for r in rows if r["method"] == name)
 
 
 @dataclass(frozen=True)
@@ -252,9 +244,8 @@ class Gain:
 
 def gain(rows: Rows, name: str, over: str = "SFT", split: str = "id") -> Gain:
     """How far a method is above another one, seed by seed."""
-    mine, theirs = ({r["seed"]: share(r, split) for r in _of(rows, one)} for one in (name, over))
-    both = sorted(mine.keys() & theirs.keys())
-    return Gain(*over_seeds([100 * (mine[seed] - theirs[seed]) for seed in both]))
+    mine, theirs = shares(rows, name, split), shares(rows, over, split)
+    return Gain(*over_seeds([mine[seed] - theirs[seed] for seed in mine if seed in theirs]))
 
 
 def table(rows: Rows) -> str:
@@ -262,11 +253,10 @@ def table(rows: Rows) -> str:
     lines = ["| | strict, held out | gain over SFT | KL from SFT | labels | training | needs |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for name in _names(rows):
-        mine = _of(rows, name)
         above = "" if name == "SFT" else gain(rows, name)
-        seconds = median(r["train_seconds"] for r in mine)
-        moved = median(r["kl"] for r in mine)  # one seed of five may go far away
-        lines.append(f"| {name} | {strict(rows, name)} | {above} | {moved:.2f} | {mine[0]['labels']:,} "
+        labels = next(r["labels"] for r in rows if r["method"] == name)
+        moved, seconds = _median(rows, name, "kl"), _median(rows, name, "train_seconds")
+        lines.append(f"| {name} | {strict(rows, name)} | {above} | {moved:.2f} | {labels:,} "
                      f"| {seconds:.0f} s | {METHODS[name].needs} |")  # fmt: skip
     return "\n".join(lines)
 
@@ -275,17 +265,16 @@ def by_split(rows: Rows) -> str:
     """A table of strict accuracy on each of the held-out sets, as mean and half of its interval."""
     lines = ["| | " + " | ".join(f"`{split}`" for split in SPLITS) + " |", "|---|" + "---|" * len(SPLITS)]
     for name in _names(rows):
-        means = [over_seeds([100 * share(r, split) for r in _of(rows, name)]) for split in SPLITS]
+        means = [over_seeds(list(shares(rows, name, split).values())) for split in SPLITS]
         lines.append(f"| {name} | " + " | ".join(f"{m.mean:.1f} ± {m.high - m.mean:.1f}" for m in means) + " |")
     return "\n".join(lines)
 
 
 def draw(rows: Rows, file: Path) -> None:
     """The picture of the README; it carries the digest of its rows, which a test compares."""
-    figure = plots.frontier(
-        points(rows, "kl"), xlabel="KL from the SFT model (nats per completion)",
-        ylabel="strict accuracy on held-out problems (%)",
-    )  # fmt: skip
+    labels = {"xlabel": "KL from the SFT model (nats per completion)",
+              "ylabel": "strict accuracy on held-out problems (%)"}  # fmt: skip
+    figure = plots.frontier(points(rows, "kl"), **labels)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, bbox_inches="tight", metadata={"Comment": digest(rows)})
     files.write(file, picture.getvalue())

@@ -16,7 +16,7 @@ from typing import Any
 
 from rlnb import machine
 from rlnb.measure import evaluate
-from rlnb.model.adapters import base_name, save_adapter
+from rlnb.model.folders import base_name, save_adapter
 from rlnb.record import progress, runs
 from rlnb.record.values import jsonable, number
 from rlnb.task.problems import Problem

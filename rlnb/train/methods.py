@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rlnb.data import annotators, preferences, shapes
-from rlnb.measure import evaluate, judge as judging
-from rlnb.model import LoRA, load_model, reward_model, sampling
-from rlnb.model.adapters import base_name, resolve
+from rlnb.measure import evaluate
+from rlnb.model import LoRA, load_model, sampling
+from rlnb.model.folders import base_name, resolve
 from rlnb.profiles import PRACTICE, by, model_name, profile
 from rlnb.record import runs
 from rlnb.record.values import jsonable
@@ -91,8 +91,10 @@ def train(
     )
     if method != "reward_model":
         return fit(method, trainer, data, start=start, problems=problems, check=check)
+    from rlnb.measure.judge import judge_pairs
+
     run = fit(method, trainer, data, problems=(), check=check)
-    unseen = judging.judge_pairs(model, tokenizer, gold_pairs(held_out=True, seed=seed))
+    unseen = judge_pairs(model, tokenizer, gold_pairs(held_out=True, seed=seed))
     run.finish(pair_accuracy=unseen.accuracy, pair_loss=unseen.loss)
     return run
 
@@ -110,6 +112,8 @@ def _config(method: str, start: Start, seed: int, reward: Any, settings: dict[st
 def _policy(method: str, start: Start, lora: LoRA, seed: int, max_lora_rank: int) -> tuple[Any, Any, Start | None]:
     """The model with its adapter, the tokenizer, and what the adapter came from (None: the base)."""
     if method == "reward_model":
+        from rlnb.model import reward_model
+
         return *reward_model.load(model_name(), lora, seed=seed), None
     if start == "base":
         return *load_model(model_name(), lora, max_lora_rank=max_lora_rank, seed=seed), None
@@ -125,9 +129,12 @@ def _rewards(method: str, seed: int, reward: Any) -> dict[str, Any]:
         return {}
     if reward is None and method == "grpo":
         reward = [rewards.correctness, rewards.format_reward]
-    elif reward is None:
+    elif reward is None and method == "ppo":
         reward = judge(seed)
-        reward = reward if method == "ppo" else reward_model.as_reward(*reward_model.load(model_name(), reward))
+    elif reward is None:
+        from rlnb.model import reward_model
+
+        reward = reward_model.as_reward(*reward_model.load(model_name(), judge(seed)))
     return {"reward_funcs": reward} | ({"rollout_func": sampling.rollout} if method == "grpo" else {})
 
 

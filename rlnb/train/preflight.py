@@ -110,10 +110,7 @@ def _settings(t: _Checked) -> None:
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         end = tokenizer.eos_token
         t.odd.append(f"{end} ends and pads: where padding is masked, no end is learnt. Pad with another")
-    if t.args.bf16 and t.model.device.type == "cuda":
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            t.odd.append("this GPU only emulates bf16: set bf16=False, fp16=True")
-    elif t.args.bf16 and machine.cpu_bf16() == set():
+    if t.args.bf16 and t.model.device.type == "cpu" and machine.cpu_bf16() == set():
         t.odd.append("this CPU has no instructions for bf16: set bf16=False, which is faster here")
     usual = BASE * (WIDTH / t.model.config.get_text_config().hidden_size) ** EXPONENT
     usual *= (1 if t.adapter else 0.1) * (0.1 if "DPO" in t.name or "KTO" in t.name else 1)
@@ -127,8 +124,7 @@ def _rows(t: _Checked, data: Any) -> None:
     """Rows that the trainer has left out, or will cut."""
     if t.rows is None:
         return
-    left = len(t.rows)
-    given = left if data is None else len(data)
+    left, given = len(t.rows), len(t.rows if data is None else data)
     if "label" in t.columns and "chosen" in getattr(data, "column_names", ()):
         given *= 2  # KTO takes pairs apart
     if not left:
@@ -205,11 +201,8 @@ def _room(t: _Checked) -> None:
         knob = "max_completion_length" if samples(t.trainer) else "max_length"
         what = f"up to {t.longest} tokens in a row, and the model has {positions} positions"
         t.wrong.append(f"{what}, beyond which it writes nonsense: lower {knob}")
-    need, free = memory_needed(t, size), machine.free_memory()
-    if t.model.device.type == "cuda":
-        device = t.model.device
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + unused
+    on_gpu = t.model.device.type == "cuda"
+    need, free = memory_needed(t, size), torch.cuda.mem_get_info()[0] if on_gpu else machine.free_memory()
     if need > (1 - ERROR) * free:
         (t.wrong if need * (1 - ERROR) > free else t.odd).append(
             f"a batch of {size} x {t.longest} tokens takes about {need / memory.MB:,.0f} MB more, and "
@@ -220,8 +213,8 @@ def _room(t: _Checked) -> None:
 
 def memory_needed(t: _Checked, size: int) -> int:
     """Bytes that training adds to what the model holds; 0 for an architecture not predicted."""
-    targets = getattr(t.adapter, "target_modules", None)
-    targets = tuple(targets) if targets and not isinstance(targets, str) else "all-linear"
+    targets = getattr(t.adapter, "target_modules", None) or "all-linear"
+    targets = "all-linear" if isinstance(targets, str) else tuple(targets)
     sides = 2 if any(kind in t.name for kind in ("DPO", "ORPO", "Reward")) else 1
     parameters = list(t.model.parameters())
     try:

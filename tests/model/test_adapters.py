@@ -1,4 +1,4 @@
-"""rlnb.model.adapters and rlnb.model.folders on a random tiny model: saving, switching, combining, merging."""
+"""rlnb.model.adapters and folders on a random tiny model: saving, switching, combining, merging."""
 
 import json
 import os

@@ -412,7 +412,7 @@ def test_what_comes_before_unsloth_is_pointed_out(early):
         env=os.environ | {"PYTHONPATH": str(folders.DATA.parent)},
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "")
-    says = "came before Unsloth, which then leaves some of its patches out: restart, and import rlnb.model above"
+    says = "came before Unsloth, which then leaves some of its patches out: restart, and import rlnb.model"
     assert (f"{early} {says}" in done.stderr if early else says not in done.stderr), done.stderr
 
 

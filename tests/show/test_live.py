@@ -26,17 +26,17 @@ def rows(n, names=("loss",), start=1.0):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that cards are made of."""
-    made, curves = [], live.plots.curves
-    monkeypatch.setattr(live.plots, "curves", lambda *a, **k: made.append(curves(*a, **k)) or made[-1])
-    return made
+    """The figures that cards are drawn of."""
+    drawn, curves = [], live.plots.curves
+    monkeypatch.setattr(live.plots, "curves", lambda *a, **k: drawn.append(curves(*a, **k)) or drawn[-1])
+    return drawn
 
 
 # --- what is drawn -------------------------------------------------------------------------------
 
 
-def test_a_card_has_a_panel_per_metric_and_a_line_per_run(figures):
-    html = live.card({"rank 8": rows(5, DPO), "rank 16": rows(3, DPO)}, ["#111111", "#222222"], total=10)
+def test_a_drawing_has_a_panel_per_metric_and_a_line_per_run(figures):
+    html = live.curves_html({"rank 8": rows(5, DPO), "rank 16": rows(3, DPO)}, ["#111111", "#222222"], total=10)
     axes = figures[0].axes
     assert [ax.get_title("left") for ax in axes] == [live.plots.LABELS.get(name, name) for name in DPO[:4]]
     for ax in axes:
@@ -49,19 +49,19 @@ def test_a_card_has_a_panel_per_metric_and_a_line_per_run(figures):
 
 
 def test_the_last_run_says_what_is_drawn(figures):
-    live.card({"a": rows(3, ("loss",)), "b": rows(2, ("reward", "kl")), "going": []}, list(drawing.COLOURS[:3]))
+    live.curves_html({"a": rows(3, ("loss",)), "b": rows(2, ("reward", "kl")), "going": []}, list(drawing.COLOURS[:3]))
     assert [ax.get_title("left") for ax in figures[0].axes] == ["mean reward", live.plots.LABELS["kl"]]
 
 
 @pytest.mark.parametrize("curve", [[], rows(1), [{"step": 1, "loss": math.nan}], rows(3, start=0)])
-def test_a_card_of_next_to_nothing_is_drawn(curve):
-    html = live.card({"": curve}, ["red"], 8, "<p>head</p>")
+def test_a_drawing_of_next_to_nothing_is_drawn(curve):
+    html = live.curves_html({"": curve}, ["red"], 8, "<p>head</p>")
     assert "<p>head</p>" in html and ("<img" in html) == bool(curve)
 
 
 def test_the_bar_says_how_long_it_will_take():
-    assert "step 3 of 8, 1.5 s, about 2 s left" in live.bar(rows(3), 8)
-    assert live.bar(rows(8), 8).endswith("step 8 of 8, 4.0 s")
+    assert "step 3 of 8, 1.5 s, about 2 s left" in live.progress_html(rows(3), 8)
+    assert live.progress_html(rows(8), 8).endswith("step 8 of 8, 4.0 s")
 
 
 def test_drawing_takes_a_tenth_of_the_time_at_most(monkeypatch):
@@ -75,7 +75,7 @@ def test_drawing_takes_a_tenth_of_the_time_at_most(monkeypatch):
             now += takes
 
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    for cost, apart in ((0.01, 0.51), (0.2, 2.2)):
+    for cost, between in ((0.01, 0.51), (0.2, 2.2)):
         takes = cost
         begun.clear()
         screen, stop = Slow(), now + 10
@@ -83,7 +83,7 @@ def test_drawing_takes_a_tenth_of_the_time_at_most(monkeypatch):
             screen.show(rows(1), 8)
             now += 0.001
         gaps = [b - a for a, b in itertools.pairwise(begun)]
-        assert gaps and all(gap == pytest.approx(apart, abs=0.01) for gap in gaps)
+        assert gaps and all(gap == pytest.approx(between, abs=0.01) for gap in gaps)
         screen.end(rows(1), 8)
         assert begun[-1] > stop  # the last state is drawn in any case
 
@@ -106,14 +106,14 @@ def kernel(monkeypatch, *cells):
 
 
 def test_a_notebook_gets_one_output_that_is_drawn_anew(monkeypatch):
-    made, shown, after = kernel(
+    drawn, shown, after = kernel(
         monkeypatch,
         "from rlnb.show import plots\nfrom rlnb.record import progress\nscreen = progress.current_screen()",
         "rows = [{'step': i + 1, 'seconds': i, 'loss': 1 / (i + 1)} for i in range(20)]\n"
         "for n in range(1, 21): screen.show(rows[:n], 20)\nscreen.end(rows, 20)",
         "import os\nos.environ['RLNB_NOTEBOOK'] = 'x'\nprint(type(progress.current_screen()).__name__)",
     )
-    assert made == []
+    assert drawn == []
     (output,) = shown
     assert output.output_type == "display_data" and "<img" in output.data["text/html"]
     assert "step 20 of 20" in output.data["text/html"]

@@ -75,8 +75,8 @@ def plain(html):
 @pytest.fixture
 def drawn(monkeypatch):
     """The labels of each drawing."""
-    found, card = [], live.card
-    monkeypatch.setattr(live, "card", lambda curves, *a: found.append(list(curves)) or card(curves, *a))
+    found, draw = [], live.curves_html
+    monkeypatch.setattr(live, "curves_html", lambda curves, *a: found.append(list(curves)) or draw(curves, *a))
     return found
 
 
@@ -302,10 +302,10 @@ def test_what_a_run_starts_from_is_made_first_at_its_rank_and_shown():
 
 def test_what_is_given_reaches_the_training():
     pairs = methods.gold_pairs().select(range(20))
-    made = panel("dpo", start="base", data=pairs, loss_type=["ipo"], problems=())
-    made.run(wait=True)
-    assert made.last.labels == 20 and made.last.parent is None and made.last.config["loss_type"] == ["ipo"]
-    assert "not measured" in made.status.value
+    mine = panel("dpo", start="base", data=pairs, loss_type=["ipo"], problems=())
+    mine.run(wait=True)
+    assert mine.last.labels == 20 and mine.last.parent is None and mine.last.config["loss_type"] == ["ipo"]
+    assert "not measured" in mine.status.value
 
 
 # --- earlier runs --------------------------------------------------------------------------------
@@ -324,21 +324,21 @@ def test_earlier_runs_of_this_notebook_are_drawn_with_what_differs(monkeypatch, 
 
 
 def test_runs_are_hidden_and_come_back(drawn):
-    made = [record(rank=rank) for rank in (1, 2, 4)]
+    recorded = [record(rank=rank) for rank in (1, 2, 4)]
     panel = Panel("sft")
     colours = dict(panel.table.colours)
     tick = panel.table.box.children[len(run_table.COLUMNS)]  # of the newest
     tick.value = False
-    assert drawn[-1] == ["rank 1", "rank 2"] and panel.table.hidden == {made[-1].id}
+    assert drawn[-1] == ["rank 1", "rank 2"] and panel.table.hidden == {recorded[-1].id}
     tick.value = True
     assert drawn[-1] == ["rank 1", "rank 2", "rank 4"] and panel.table.colours == colours
 
 
 def test_only_the_newest_runs_are_ticked_to_begin_with():
-    made = [record(seconds=float(n)) for n in range(run_table.SHOWN + 2)]
+    recorded = [record(seconds=float(n)) for n in range(run_table.SHOWN + 2)]
     panel = Panel("sft")
-    assert panel.table.hidden == {run.id for run in made[:2]}
-    assert len(cells(panel)) == len(made) + 1
+    assert panel.table.hidden == {run.id for run in recorded[:2]}
+    assert len(cells(panel)) == len(recorded) + 1
 
 
 def test_deleting_asks_once_more(drawn):

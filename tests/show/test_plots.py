@@ -101,10 +101,10 @@ FIGURES = {
 @pytest.fixture(scope="module")
 def figures():
     before = dict(mpl.rcParams)
-    made = {name: make() for name, make in FIGURES.items()}
+    drawn = {name: make() for name, make in FIGURES.items()}
     assert dict(mpl.rcParams) == before  # the user's settings are left alone
     assert plt.get_fignums() == []  # and nothing is shown a second time
-    return made
+    return drawn
 
 
 def boxes(fig):

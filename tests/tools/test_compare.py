@@ -1,18 +1,21 @@
 """The comparison of all methods: what its rows say, and how they are kept."""
 
-import csv
-import math
+import random
 
 import pytest
 
 from rlnb import __main__
-from rlnb.tools import compare, grid
+from rlnb.record import runs
+from rlnb.tools import compare, experiments
+from rlnb.train import methods
+from rlnb.train.loop import fingerprint
+from rlnb.train.recipes import adapter, recipe
 
 
-def rows(arm="SFT", shares=(50, 54, 52), **more):
+def rows(method="SFT", shares=(50, 54, 52), **more):
     found = []
     for seed, k in enumerate(shares):
-        one = {"arm": arm, "seed": seed, "labels": 128}
+        one = {"method": method, "seed": seed, "labels": 128}
         for split in compare.SPLITS:
             one |= {split: k, f"{split}_n": 100}
         found.append(one | {"tokens": 20.5, "kl": 1.0, "kl_error": 0.1, "train_seconds": 9.4,
@@ -20,29 +23,8 @@ def rows(arm="SFT", shares=(50, 54, 52), **more):
     return found
 
 
-def test_the_interval_over_seeds_is_students():
-    mean, low, high = grid.over_seeds([1.0, 2.0, 3.0])  # sd 1, t(2) = 4.303, 4.303 / sqrt(3) = 2.484
-    assert mean == 2 and (low, high) == pytest.approx((2 - 2.484, 2 + 2.484), abs=1e-3)
-    assert grid.over_seeds([5.0]) == (5, 5, 5)
-
-
-def test_the_factors_are_those_of_the_distribution():
-    """The two-sided 5 % point: the density of t, added up outside of it, gives 0.05."""
-
-    def tail(t, df, steps=200_000, far=400.0):
-        c = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
-        width = (far - t) / steps
-        points = (t + (i + 0.5) * width for i in range(steps))
-        return 2 * width * sum(c * (1 + x * x / df) ** (-(df + 1) / 2) for x in points)
-
-    for n, t in grid.T_95.items():
-        if n > 2:  # with one degree of freedom the tail has no end
-            assert tail(t, n - 1) == pytest.approx(0.05, abs=2e-4)
-    assert 1 - 2 / math.pi * math.atan(grid.T_95[2]) == pytest.approx(0.05, abs=1e-4)
-
-
 def test_gains_are_paired_by_seed():
-    """Both arms swing by 20 points from seed to seed, and one is always two points above."""
+    """Both methods swing by 20 points from seed to seed, and one is always two points above."""
     two = rows(shares=(40, 60, 50)) + rows("SFT, DPO", (42, 62, 52))
     gain = compare.gain(two, "SFT, DPO")
     assert (gain.mean, gain.low, gain.high) == pytest.approx((2, 2, 2))
@@ -69,26 +51,27 @@ def test_the_table_has_a_line_per_method_in_their_order():
 def test_rows_come_back_from_their_file(tmp_path):
     made = rows() + rows("ORPO from base")
     file = tmp_path / "rows.csv"
-    file.write_text(grid.text(made), encoding="utf-8")
+    file.write_text(experiments.text(made), encoding="utf-8")
     assert compare.read(file) == made
-    with file.open(newline="") as opened:
-        assert next(csv.reader(opened))[:3] == ["arm", "seed", "labels"]
+    assert file.read_text().startswith("method,seed,labels,")
 
 
 def test_answers_are_counted_by_split():
-    found = compare.counts(["id", "id", "rule"], [True, False, True])
+    found = compare.counts(["id", "id", "rule"], [True, False, True], [10, 21, 99])
     assert (found["id"], found["id_n"], found["rule"], found["rule_n"]) == (1, 2, 1, 1)
-    assert found["larger_n"] == 0
+    assert found["larger_n"] == 0 and found["tokens"] == 15.5
 
 
-def test_every_method_has_an_arm_and_what_it_needs():
-    assert {"SFT", "SFT, PPO", "SFT, RLOO", "SFT, DPO", "SFT, KTO", "SFT, GRPO"} < set(compare.ARMS)
-    assert all(arm.needs for arm in compare.ARMS.values())
+def test_every_method_is_there_with_what_it_needs():
+    assert {"SFT", "SFT, PPO", "SFT, RLOO", "SFT, DPO", "SFT, KTO", "SFT, GRPO"} < set(compare.METHODS)
+    assert all(method.needs for method in compare.METHODS.values())
+    assert {method.recipe for method in compare.METHODS.values()} == {
+        None, "grpo_from_base", *set(methods.METHODS) - {"reward_model"}}  # fmt: skip
 
 
-def test_a_method_that_is_not_there_is_named():
-    with pytest.raises(SystemExit, match=r"no method 'DPO'; there are 'base', 'SFT', 'SFT on all', "):
-        __main__.main(["compare", "--only", "DPO"])
+def test_a_method_that_is_not_there_is_named(capsys):
+    assert __main__.main(["compare", "--only", "DPO"]) == 2
+    assert "error: no method 'DPO'; there are 'base', 'SFT', 'SFT on all', " in capsys.readouterr().err
 
 
 def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
@@ -97,16 +80,14 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("RLNB_RUNS", str(tmp_path / "runs"))
     out = tmp_path / "rows.csv"
     first = compare.row("SFT", 0)
-    out.write_text(grid.text([first]), encoding="utf-8")
-    both = grid.carry_out(compare.row, ["SFT", "SFT, best of 8"], 1, out, resume=True)
+    out.write_text(experiments.text([first]), encoding="utf-8")
+    both = experiments.run_grid(compare.row, ["SFT", "SFT, best of 8"], 1, out, resume=True)
     assert both[0] == first == compare.read(out)[0] and len(both) == 2
     assert first["kl"] == 0 and first["id_n"] == 16 and both[1]["train_seconds"] == 0
 
 
 def test_one_more_seed_falls_into_a_wider_interval():
     """Of five draws of a normal distribution and a sixth, the sixth is inside 95 times of 100."""
-    import random
-
     rng, inside = random.Random(0), 0
     for _ in range(2000):
         *five, sixth = (round(rng.gauss(50, 3), 3) for _ in range(6))
@@ -126,8 +107,8 @@ def test_what_is_asked_for_is_done_side_by_side_and_kept_in_order(tmp_path, monk
     monkeypatch.setenv("RLNB_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # set again by what is tested
     out = tmp_path / "rows.csv"
-    both = grid.carry_out(compare.row, ["base", "SFT"], 1, out, jobs=2, first="SFT")
-    assert [r["arm"] for r in both] == ["base", "SFT"] and compare.read(out) == both
+    both = experiments.run_grid(compare.row, ["base", "SFT"], 1, out, jobs=2, first="SFT")
+    assert [r["method"] for r in both] == ["base", "SFT"] and compare.read(out) == both
     assert both[0]["kl"] > both[1]["kl"] == 0
 
 
@@ -146,31 +127,49 @@ def test_the_picture_carries_the_digest_of_its_rows(tmp_path):
     assert compare.digest(rows(labels=7)) != compare.digest(rows())
 
 
-def test_equal_budgets():
+def test_equal_budgets(monkeypatch):
     """SFT on all sees as many sequences as GRPO samples."""
-    grpo, sft = (compare.recipes.recipe(name, "cpu") for name in ("grpo", "sft"))
-    assert grpo.steps * grpo.batch % sft.batch == 0
+    monkeypatch.setenv("RLNB_PROFILE", "cpu")
+    assert recipe("grpo")["per_device_train_batch_size"] == 64
+    assert recipe("sft")["per_device_train_batch_size"] == 16
 
 
-def test_the_run_of_an_arm_is_found_among_others(tmp_path, monkeypatch):
-    """DPO after SFT is told from DPO after something else, and a run without an adapter from one with."""
+def test_the_run_of_a_method_is_found_among_others(tmp_path, monkeypatch):
+    """DPO after SFT is told from DPO after something else or on other data, and a run without an adapter
+    from one with.
+    """
     monkeypatch.setenv("RLNB_PROFILE", "smoke")
     monkeypatch.setenv("RLNB_RUNS", str(tmp_path))
 
-    def add(name, parent=None, adapter=True, **changes):
-        recipe = compare.recipes.recipe(name, **changes)
-        with compare.runs.start(recipe.method, model="abacus-3m", config=recipe, seed=0, parent=parent) as run:
+    def add(name, parent=None, save=True, **changes):
+        method = name.removesuffix("_from_base")
+        lora, data = adapter(method), fingerprint(methods.default_data(method, 0))
+        config = recipe(name) | {"rank": lora.rank, "alpha": lora.alpha, "data": data} | changes
+        with runs.start(method, model="abacus-3m", config=config, seed=0, parent=parent) as run:
             run.finish(strict={"k": 1, "n": 2})
-            if adapter:
+            if save:
                 run.adapter.mkdir()
         return run.id
 
-    sft, other = add("sft"), add("sft", steps=3)
-    assert compare.made("SFT, DPO") is None and compare.made(compare.BEST) is None
+    sft, other, own = add("sft"), add("sft", max_steps=3), add("sft", data="mine")
+    assert compare.find("SFT, DPO") is None and compare.find(compare.BEST) is None
     mine = add("dpo", sft)
-    add("dpo", other), add("dpo", sft, beta=0.7), add("dpo", sft, adapter=False), add("dpo", "gone")
-    from_base = add("grpo")
-    assert compare.made("SFT, DPO").id == mine and compare.made("SFT").id == sft
-    assert compare.made("SFT, GRPO") is None
-    assert compare.made("GRPO from base").id == from_base
-    assert compare.made("SFT, DPO", seed=1) is None
+    add("dpo", other), add("dpo", own), add("dpo", sft, beta=0.7), add("dpo", sft, data="mine")
+    add("dpo", sft, save=False), add("dpo", "gone")
+    from_base = add("grpo_from_base")
+    assert compare.find("SFT, DPO").id == mine and compare.find("SFT").id == sft
+    assert compare.find("SFT, GRPO") is None
+    assert compare.find("GRPO from base").id == from_base
+    assert compare.find("SFT, DPO", seed=1) is None
+
+
+def test_another_model_has_a_table_of_its_own(tmp_path, monkeypatch):
+    """The rows that ship are of the practice model."""
+    before, found = compare.OUT.read_bytes(), {}
+    monkeypatch.setenv("RLNB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("RLNB_MODEL", "someone/other")
+    monkeypatch.setenv("RLNB_PROFILE", "cpu")  # as main sets it
+    monkeypatch.setattr(experiments, "run_grid", lambda *args, **options: found.update(out=args[3]) or rows())
+    assert __main__.main(["compare"]) == 0
+    assert found["out"] == tmp_path / "runs" / "methods-other.csv" and compare.OUT.read_bytes() == before
+    assert found["out"].with_suffix(".png").is_file()

@@ -155,7 +155,7 @@ def test_a_reward_adapter_of_trls_trainer_says_what_it_was_trained_to_say(base, 
 def test_rewards_of_the_wrong_kind_are_refused(base, tmp_path, judge):
     classifier, folder = judge
     loaded = load(base)
-    with pytest.raises(TypeError, match=r"reward_funcs\[0\] is a .*as_reward makes a function of a reward model"):
+    with pytest.raises(TypeError, match=r"reward_funcs\[0\] is a .*as_reward makes a function"):
         build(loaded, tmp_path, classifier)
     with pytest.raises(ValueError, match="needs a frozen base"):
         build(load(base, "full"), tmp_path, folder)

@@ -336,8 +336,8 @@ def test_settings_that_cannot_work_are_refused(tmp_path, settings, match):
     ({"data": prompts().rename_column("prompt", "question")}, "needs a column 'prompt', and has"),
     ({"data": Dataset.from_dict({"prompt": ["pens " * 600] * 8})}, r"row 0: the prompt has \d+ tokens"),
     ({"data": Dataset.from_dict({"prompt": ["pens", ""] * 8})}, "prompt 1 has no tokens"),
-    ({"max_completion_length": 512}, "max_completion_length 512 that is more than the model's 512 positions"),
-    ({"reward_weights": [1.0, 2.0]}, r"reward_weights is \[1.0, 2.0\]: give a number for each reward, digits"),
+    ({"max_completion_length": 512}, "max_completion_length 512 that is more than the model's 512"),
+    ({"reward_weights": [1.0, 2.0]}, r"reward_weights is \[1.0, 2.0\]: give a number for each reward"),
     ({"reward": [digits, digits]}, "and each a name of its own"),
 ))  # fmt: skip
 def test_what_does_not_fit_is_refused_before_the_first_step(base, tmp_path, settings, match):

@@ -1,19 +1,19 @@
 """Policy, critic and reference on one frozen base: what PPO runs forward.
 
-The base is in memory once. The policy is the adapter "default"; the reference the same weights with the
-adapter off, or with a frozen copy of the adapter that the policy started from; the critic a head on the
-policy's last hidden state. A reward model may be one more adapter (reward.py).
+The base is in memory once. The policy is the adapter "default"; the reference a frozen copy of the adapter
+as the policy started; the critic a head on the policy's last hidden state. A reward model may be one more
+adapter (reward.py).
 """
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rlnb.model import adapters
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -112,31 +112,23 @@ def _head_is_plain(lm: Any) -> bool:
 
 
 class Reference:
-    """What KL is measured from: where the policy starts.
-
-    With LoRA that is the model with its adapter off if the adapter is new, else with a frozen copy of the
-    adapter; without LoRA a frozen copy of the model.
-    """
+    """What KL is measured from: a frozen copy of where the policy starts, with LoRA of its adapter alone."""
 
     def __init__(self, actor: ActorCritic):
         self.actor, model = actor, actor.model
-        self.adapter: str | None = None  # None: the adapter is off
-        self.copy: ActorCritic | None = None
-        if not has_adapter(model):
-            self.copy = ActorCritic(copy.deepcopy(model).requires_grad_(False), actor.temperature)
-        elif not _is_new(model):
-            self.adapter, config = REFERENCE, copy.deepcopy(model.peft_config[POLICY])
+        if has_adapter(model):
+            config = copy.deepcopy(model.peft_config[POLICY])
             weights = get_peft_model_state_dict(model, None, POLICY, save_embedding_layers=False)
             add_frozen(model, REFERENCE, config, weights, "the policy's adapter")
+        else:
+            frozen = copy.deepcopy(model).requires_grad_(False)
+            self.actor = ActorCritic(frozen, actor.temperature)
 
     @contextmanager
     def active(self) -> Iterator[ActorCritic]:
         """The module to run forward, as the reference while inside."""
-        if self.copy is not None:
-            yield self.copy
-            return
-        model, name = self.actor.model, self.adapter
-        with adapters.using(model, name) if name else adapters.off(model):
+        model = self.actor.model
+        with adapters.using(model, REFERENCE) if has_adapter(model) else nullcontext():
             yield self.actor
 
 
@@ -145,19 +137,12 @@ class Reference:
 
 def has_adapter(model: Any) -> bool:
     """Whether this is a PEFT model, so that its base is frozen and shared."""
-    return bool(getattr(model, "peft_config", None)) and hasattr(model, "get_base_model")
+    return isinstance(model, PeftModel)
 
 
 def causal_lm(model: Any) -> Any:
     """The transformers model itself, without PEFT around it."""
     return model.get_base_model() if has_adapter(model) else model
-
-
-def _is_new(model: Any) -> bool:
-    """Whether the policy's adapter changes nothing yet: a LoRA whose B is all zeros."""
-    own = [(name, p) for name, p in model.named_parameters() if f".{POLICY}." in name]
-    factors = all("lora_A" in name or "lora_B" in name for name, _ in own)
-    return factors and not any(p.any() for name, p in own if "lora_B" in name)
 
 
 def add_frozen(model: Any, name: str, config: Any, weights: dict[str, Tensor], source: Any) -> None:

@@ -91,13 +91,13 @@ class ActorCriticTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The adapter in PEFT's format, or the full model; beside it the critic's head."""
+        """Policy and reference in PEFT's format, or the full model; beside it the critic's head."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if has_adapter(self.model):
             # The class's own method: Unsloth puts another on the instance.
             PeftModel.save_pretrained(
-                self.model, str(folder), selected_adapters=self._adapters(), save_embedding_layers=False
+                self.model, str(folder), selected_adapters=[POLICY, REFERENCE], save_embedding_layers=False
             )
             self.processing_class.save_pretrained(folder)
         else:
@@ -105,22 +105,14 @@ class ActorCriticTrainer(Trainer):
         head = self.actor_critic.value_head.state_dict()
         files.write(folder / HEAD, save({name: x.detach().cpu() for name, x in head.items()}))
 
-    def _adapters(self) -> list[str]:
-        """The names of those that a checkpoint holds."""
-        return [name for name in (POLICY, REFERENCE) if name in getattr(self.model, "peft_config", {})]
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         if not (folder / HEAD).is_file():
             raise FileNotFoundError(f"{folder} is no checkpoint of PPOTrainer: it has no {HEAD}")
-        if (folder / REFERENCE).is_dir() != (REFERENCE in self._adapters()):
-            raise ValueError(
-                f"{folder} started from {'a trained' if (folder / REFERENCE).is_dir() else 'a new'} adapter, and "
-                "this run did not: load the model as it was loaded then"
-            )
-        for name in self._adapters():
-            file = (folder if name == POLICY else folder / name) / "adapter_model.safetensors"
-            fill(self.model, name, load_file(file), file)
-        if not has_adapter(self.model):
+        if has_adapter(self.model):
+            for name, place in {POLICY: folder, REFERENCE: folder / REFERENCE}.items():
+                file = place / "adapter_model.safetensors"
+                fill(self.model, name, load_file(file), file)
+        else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.actor_critic.value_head.load_state_dict(load_file(folder / HEAD))

@@ -115,8 +115,8 @@ class AdapterReward:
     def __init__(self, model: Any, tokenizer: Any, folder: Path, adapter: str):
         if not has_adapter(model):
             raise ValueError(
-                f"{folder} is an adapter, which needs a frozen base, and the policy's trains: give the policy "
-                "LoRA, or the reward as a function (rlnb.model.reward_model.as_reward)"
+                f"{folder} is an adapter, which needs a frozen base, and the policy's trains: give the "
+                "policy LoRA, or the reward as a function (rlnb.model.reward_model.as_reward)"
             )
         self.name, self.model, self.adapter = folder.name, model, adapter
         self.pad = tokenizer.pad_token_id or 0
@@ -170,8 +170,8 @@ def _check_fits(folder: Path, config: Mapping[str, Any], model: Any, tokenizer: 
     policy = Path(causal_lm(model).config._name_or_path or "").name
     if trained_on and policy and trained_on != policy:
         raise ValueError(
-            f"{folder} was trained on {trained_on}, and the policy's base is {policy}: a reward adapter works "
-            "on its own base only"
+            f"{folder} was trained on {trained_on}, and the policy's base is {policy}: a reward adapter "
+            "works on its own base only"
         )
     if not (folder / "tokenizer_config.json").is_file():
         return
@@ -179,7 +179,7 @@ def _check_fits(folder: Path, config: Mapping[str, Any], model: Any, tokenizer: 
     for token, i in tokenizer.get_vocab().items():
         if theirs.get(token) != i:
             raise ValueError(
-                f"{folder} has another tokenizer: token {token!r} as {theirs.get(token, 'missing')}, the policy "
-                f"as {i}. It would read the policy's tokens as other words: give it as a function that "
-                "tokenises the text itself (rlnb.model.reward_model.as_reward)"
+                f"{folder} has another tokenizer: token {token!r} as {theirs.get(token, 'missing')}, the "
+                f"policy as {i}. It would read the policy's tokens as other words: give it as a function "
+                "that tokenises text itself (rlnb.model.reward_model.as_reward)"
             )

@@ -48,8 +48,8 @@ def lay_out(
         sizes = [len(ids) for ids in found[key]]
         if len(sizes) != len(prompts) or not all(sizes):
             raise ValueError(
-                f"rollout_func returned {key} of {sizes} tokens for {len(prompts)} prompts: PPO takes one row "
-                "for each, of at least 1 token, the end token included"
+                f"rollout_func returned {key} of {sizes} tokens for {len(prompts)} prompts: PPO takes one "
+                "row for each, of at least 1 token, the end token included"
             )
     start_B, size_B = (
         torch.tensor([len(ids) for ids in found[key]], device=device)

@@ -34,8 +34,8 @@ class PPOTrainer(ActorCriticTrainer):
     """Proximal policy optimization with a critic, for causal language models with or without LoRA.
 
     model: a PEFT model, whose adapter "default" trains (`rlnb.model.load_model`), or a model that trains
-        in full. It gets an adapter "ref" if it starts from a trained adapter, and one named "reward" for a
-        reward adapter. Its dropout is set to 0.
+        in full. It gets an adapter "ref", where it starts, and one named "reward" for a reward adapter.
+        Its dropout is set to 0.
     args: see PPOConfig.
     reward_funcs: one or a list, see `reward.sources`; args.reward_weights weighs them.
     train_dataset: with a column "prompt" of strings or of messages. Other columns go to the reward
