@@ -1,7 +1,9 @@
 """What a run is told of the machine and of its own process, in MB of 2**20 bytes.
 
-The GPU parts are untested on a GPU until tests/gpu has run on one.
+The doctor reads this on an old Python without packages: so it imports each where it needs it.
 """
+
+from __future__ import annotations
 
 import ctypes
 import os
@@ -14,8 +16,9 @@ from typing import Any
 
 from rlnb import __version__
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "datasets",
-            "accelerate", "vllm")  # fmt: skip
+PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "datasets", "accelerate",
+            "vllm")  # fmt: skip
+BF16 = {"amx_bf16", "avx512_bf16", "bf16"}  # what CPUs call their instructions for it
 
 
 def versions() -> dict[str, str]:
@@ -76,14 +79,23 @@ def trim() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def linux_memory() -> dict[str, int]:
+    """This process's memory in bytes by Linux's names: RssAnon, RssFile, VmHWM (the peak); {} elsewhere."""
+    file = Path("/proc/self/status")
+    rows = [row.split() for row in file.read_text().splitlines()] if file.is_file() else []
+    return {row[0].rstrip(":"): 1024 * int(row[1]) for row in rows if row[-1] == "kB"}
+
+
 def peak_memory_mb() -> float:
     """The most memory that this process has held: since the reset on Linux, else since it began."""
-    try:
-        import resource
-    except ImportError:  # Windows
+    if peak := linux_memory().get("VmHWM"):  # a child would take over its parent's peak from getrusage
+        return round(peak / 2**20, 1)
+    if sys.platform == "win32":
         import psutil
 
         return round(psutil.Process().memory_info().peak_wset / 2**20, 1)
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)  # bytes there, else KiB
 
@@ -110,9 +122,6 @@ def container(name: str) -> list[int]:
     file = Path("/sys/fs/cgroup", name)
     words = file.read_text().split() if file.is_file() else []
     return [int(word) for word in words] if all(map(str.isdigit, words)) else []
-
-
-BF16 = {"amx_bf16", "avx512_bf16", "bf16"}  # what CPUs call their instructions for it
 
 
 def cpu_bf16() -> set[str] | None:

@@ -10,8 +10,12 @@ from typing import Any
 _LOCK = threading.Lock()
 
 
-class _Routed(io.TextIOBase):
-    """A standard stream that gives what some threads write to texts of their own, and passes on the rest."""
+class _Routed:
+    """A standard stream that gives what some threads write to texts of their own, and passes on the rest.
+
+    A library may keep it for good, as logging's handlers do: then it passes everything on. It is no
+    io.TextIOBase, whose encoding and fileno would hide the stream's own.
+    """
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.texts = stream, {}  # thread -> its texts, the innermost last
@@ -20,33 +24,46 @@ class _Routed(io.TextIOBase):
         own = self.texts.get(threading.get_ident())
         return (own[-1] if own else self.stream).write(text)
 
+    def writelines(self, lines: Any) -> None:
+        self.write("".join(lines))
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def flush(self) -> None:
-        self.stream.flush()
-
 
 @contextmanager
-def captured() -> Iterator[io.StringIO]:
-    """What this thread writes to sys.stdout and sys.stderr goes into the text that this yields.
+def captured(stderr: bool = True) -> Iterator[io.StringIO]:
+    """What this thread writes to sys.stdout and sys.stderr goes into the text that this yields, and what it
+    displays in a notebook goes nowhere. stderr=False: sys.stdout alone, so that progress bars pass.
 
-    contextlib.redirect_stdout would take from all threads: a training in the background of a notebook
-    would swallow what the cells print meanwhile.
+    contextlib.redirect_stdout would take from all threads: a training in the background of a notebook would
+    swallow what the cells print meanwhile.
     """
     text, me = io.StringIO(), threading.get_ident()
+    names = ("stdout", "stderr") if stderr else ("stdout",)
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    publisher = getattr(shell, "display_pub", None) if stderr else None
+    register = getattr(publisher, "register_hook", None)  # ipykernel's; each thread has hooks of its own
     with _LOCK:
-        for name in ("stdout", "stderr"):
+        for name in names:
             if not isinstance(getattr(sys, name), _Routed):
                 setattr(sys, name, _Routed(getattr(sys, name)))
             getattr(sys, name).texts.setdefault(me, []).append(text)
-        streams = sys.stdout, sys.stderr
+        streams = {name: getattr(sys, name) for name in names}
     try:
+        if register:
+            register(_drop)
         yield text
     finally:
+        if register:
+            publisher.unregister_hook(_drop)
         with _LOCK:
-            for name, routed in zip(("stdout", "stderr"), streams, strict=True):
+            for name, routed in streams.items():
                 routed.texts[me].pop()
                 routed.texts = {thread: texts for thread, texts in routed.texts.items() if texts}
                 if not routed.texts and getattr(sys, name) is routed:
                     setattr(sys, name, routed.stream)
+
+
+def _drop(message: Any) -> None:
+    """A hook of ipykernel: a message that it returns would be sent."""

@@ -1,4 +1,4 @@
-"""Writing whole or not at all; tests/test_runs.py has the crash."""
+"""Writing whole or not at all; tests/record/test_runs.py has the crash."""
 
 import pytest
 

@@ -1,1 +1,1 @@
-"""What the methods learn from: data sets, preferences, annotators and how far they agree."""
+"""What the methods learn from: data sets, preferences and annotators."""

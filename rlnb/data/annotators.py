@@ -1,6 +1,6 @@
 """Annotators: who compares responses, each with a name and a policy.
 
-    Verifier()  Noisy(rate=0.2)  LengthBiased()  Clarity(detail=0.8)  AI(model, tokenizer)
+    Verifier()  Noisy(rate=0.2)  LengthBiased()  Clarity(detail=0.8)  AI(score)
 
 ``preferences.annotate`` lets one loose on rows of responses. One of your own is a class with a name
 and a ``score``.
@@ -9,13 +9,12 @@ and a ``score``.
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from rlnb.task import problems as tasks
-from rlnb.model import sampling
+from rlnb.task import problems as task
 
 Row = dict[str, Any]  # see rlnb.data.preferences
 Comparison = tuple[int, int, int]
@@ -50,7 +49,7 @@ class Verifier(Annotator):
     name: str = "gold"
 
     def score(self, question: str, answer: int, response: str) -> float:
-        return float(tasks.grade(response, question, answer).strict)
+        return float(task.grade(response, question, answer).strict)
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,9 @@ class LengthBiased(Annotator):
     of: Annotator = field(default_factory=Verifier)
     name: str = "length-biased"
 
-    def score(self, question: str, answer: int, response: str) -> float:
-        return self.of.score(question, answer, response) + self.weight * len(response) / 10
+    def scores(self, row: Row) -> list[float]:
+        lengths = map(len, row["responses"])
+        return [score + self.weight * n / 10 for score, n in zip(self.of.scores(row), lengths, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,14 @@ class Clarity(Annotator):
 
     def dimensions(self, question: str, answer: int, response: str) -> dict[str, float]:
         """What each dimension gets, from 0 to 1."""
-        grade = tasks.grade(response, question, answer)
+        grade = task.grade(response, question, answer)
         equations = _EQUATION.findall(response)
         shown, brief = min(1.0, len(equations) / 3), max(0.0, 1 - len(response) / 200)
         clarity = self.detail * shown + (1 - self.detail) * brief
         return {
             "correctness": (grade.correct + grade.trace) / 2,
             "clarity": clarity / 2 if len(set(equations)) < len(equations) else clarity,
-            "format": 1.0 if grade.format else sum(response.count(t) == 1 for t in tasks.TAGS) / 8,
+            "format": 1.0 if grade.format else sum(response.count(t) == 1 for t in task.TAGS) / 8,
         }
 
     def score(self, question: str, answer: int, response: str) -> float:
@@ -128,49 +128,22 @@ class Clarity(Annotator):
         return total / (self.correctness + self.clarity + self.format)
 
 
-@dataclass(frozen=True, eq=False)
 class AI(Annotator):
     """A model as the annotator, which sees the prompt and the response and no answer (RLAIF).
 
-    A reward model (a sequence classifier with one output) gives its reward; a causal model the mean
-    log-probability of the response's tokens, in nats. On a GPU untested until tests/gpu has run on one.
+    score: from conversations, prompt and response together, to a number for each, such as
+    ``lambda texts: reward_model.score(model, tokenizer, texts)`` or the mean log-probability that a
+    causal model gives the response, ``judge.mean_log_prob``.
     """
 
-    model: Any
-    tokenizer: Any
-    name: str = "ai"
-
-    def score(self, question: str, answer: int, response: str) -> float:
-        prompt = [{"role": "user", "content": question}]
-        return self.scores({"prompt": prompt, "responses": [response]})[0]
+    def __init__(self, score: Callable[[list[list[dict[str, str]]]], list[float]], name: str = "ai") -> None:
+        self.model_score, self.name = score, name
 
     def scores(self, row: Row) -> list[float]:
         texts = list(dict.fromkeys(row["responses"]))  # equal texts must get equal scores
-        found = dict(zip(texts, self._score_all(row["prompt"], texts), strict=True))
+        says = [[*row["prompt"], {"role": "assistant", "content": text}] for text in texts]
+        found = dict(zip(texts, self.model_score(says), strict=True))
         return [found[text] for text in row["responses"]]
-
-    def _score_all(self, prompt: list[dict], texts: list[str]) -> list[float]:
-        from rlnb.model.decode_cpu import left_pad
-
-        says = [[*prompt, {"role": "assistant", "content": text}] for text in texts]
-        ids = self.tokenizer.apply_chat_template(says, tokenize=True, return_dict=True)["input_ids"]
-        padded = left_pad(ids, self.tokenizer.pad_token_id or 0)
-        tokens, mask = (x.to(self.model.device) for x in padded)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        with sampling.inference(self.model) as model:
-            logits = model(
-                input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
-            ).logits.float()
-        if logits.dim() == 2:  # (rows, outputs), from a classifier
-            if logits.shape[1] != 1:
-                raise ValueError(f"a reward model has 1 output, and this one {logits.shape[1]}")
-            return logits[:, 0].tolist()
-        (head,) = sampling.tokenize(self.tokenizer, [prompt])
-        logps = logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
-        return [
-            own[len(own) - len(row) + len(head) :].mean().item()
-            for own, row in zip(logps, ids, strict=True)
-        ]
 
 
 def compared(scores: Sequence[float]) -> list[Comparison]:

@@ -1,9 +1,9 @@
 """Preference data: responses sampled from a policy, what annotators say of them, TRL's shapes.
 
-    rows = collect(model, tokenizer, problems)        several responses to each prompt
-    ranked = annotate(rows, annotators.Verifier())        which is better than which
-    data, left_out = pairs(ranked)                    for the reward model, DPO and ORPO
-    data, left_out = unpaired(ranked)                 for KTO
+    responses = rows(problems, sample(model, tokenizer, prompts, n=4).texts)
+    ranked = annotate(responses, annotators.Verifier())      which is better than which
+    data, left_out = pairs(ranked)                           for the reward model, DPO and ORPO
+    data, left_out = unpaired(ranked)                        for KTO
 
 A response row is {id, question, answer, kind, prompt, responses}. Annotating adds {annotator,
 comparisons, ranks, scores}: comparisons hold (i, j, c) for responses i < j, with c = 1 where i is
@@ -15,42 +15,24 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlnb import files
-from rlnb.model import sampling
-from rlnb.data import shapes as datasets
-from rlnb.task import problems as tasks
+from rlnb.data import shapes
 from rlnb.data.annotators import Annotator, Comparison, Row, check_rate
+from rlnb.task import problems as task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 FIELDS = {"id": str, "question": str, "answer": int, "kind": str, "responses": list}
 
-# --- responses -----------------------------------------------------------------------------------
 
-
-def collect(
-    model: Any,
-    tokenizer: Any,
-    problems: Sequence[tasks.Problem],
-    n: int = 4,
-    temperature: float = 1.0,
-    seed: int = 0,
-    *,
-    system: str | None = None,
-    **options: Any,
-) -> list[Row]:
-    """n responses of the model to each problem, as rows. options: as for ``sampling.sample``."""
-    prompts = [tasks.prompt(problem, system) for problem in problems]
-    options |= dict(temperature=temperature, seed=seed)
-    found = sampling.sample(model, tokenizer, prompts, n, **options)
-    return [
-        {"id": p.id, "question": p.question, "answer": p.answer, "kind": p.kind, "prompt": prompt,
-         "responses": texts}
-        for p, prompt, texts in zip(problems, prompts, found.texts, strict=True)
-    ]  # fmt: skip
+def rows(problems: Sequence[task.Problem], texts: Sequence[Sequence[str]]) -> list[Row]:
+    """Response rows of problems: texts[i] are the responses that were sampled to problems[i]."""
+    return [{"id": p.id, "question": p.question, "answer": p.answer, "kind": p.kind,
+             "prompt": task.prompt(p), "responses": list(responses)}
+            for p, responses in zip(problems, texts, strict=True)]  # fmt: skip
 
 
 def write(rows: Iterable[Row], path: str | Path) -> None:
@@ -63,8 +45,8 @@ def write(rows: Iterable[Row], path: str | Path) -> None:
 def read(path: str | Path) -> list[Row]:
     """The rows of a JSONL file. Raises ValueError with the file, the line, the field and its value."""
     rows = []
-    for where, row in datasets.lines(Path(path)):
-        datasets.check_row(row, "prompts", where)
+    for where, row in shapes.lines(Path(path)):
+        shapes.check_row(row, "prompts", where)
         for name, kind in FIELDS.items():
             if type(row.get(name)) is not kind:
                 raise ValueError(f"{where}, {name}: {row.get(name)!r:.80} is no {kind.__name__}")
@@ -72,9 +54,6 @@ def read(path: str | Path) -> list[Row]:
             raise ValueError(f"{where}, responses: {row['responses']!r:.80} are no texts")
         rows.append(row)
     return rows
-
-
-# --- annotations ---------------------------------------------------------------------------------
 
 
 def annotate(rows: Iterable[Row], annotator: Annotator, seed: int = 0) -> list[Row]:
@@ -106,86 +85,74 @@ def ranks(n: int, comparisons: Iterable[Comparison]) -> list[int]:
     return [order.index(p) + 1 for p in points]
 
 
-# --- TRL's shapes --------------------------------------------------------------------------------
-
-
 def pairs(ranked: Iterable[Row], how: str = "all", seed: int = 0) -> "tuple[Dataset, Counter]":
     """Annotated rows as pairs: columns prompt, chosen, rejected and id.
 
-    how: "all" comparisons, one "random" comparison of each prompt, or "best-worst" by rank.
-    Returns also how many were left out: ties (of a prompt, unless how is "all"), duplicates (the
-    same texts again) and empty (one side has no text). Raises ValueError if nothing is left.
+    how: "all" comparisons, or one "random" comparison of each prompt.
+    Returns also how many were left out: ties (of comparisons, or of prompts if how is "random"),
+    duplicates (the same texts again) and empty (one side has no text). Raises ValueError if nothing is left.
     """
-    rows, left_out = [], Counter(ties=0, duplicates=0, empty=0)
+    if how not in ("all", "random"):
+        raise ValueError(f"how is {how!r}: it can be 'all' or 'random'")
+    found, left_out = [], Counter(ties=0, duplicates=0, empty=0)
     for row in ranked:
-        rng, seen = random.Random(f"{seed}-{row['id']}"), set()
         decided = [(i, j) if c > 0 else (j, i) for i, j, c in row["comparisons"] if c]
         if how == "all":
             left_out["ties"] += len(row["comparisons"]) - len(decided)
-        elif how == "random":
-            decided = rng.sample(decided, min(1, len(decided)))
-        elif how == "best-worst":
-            decided = _best_worst(row["ranks"], rng)
         else:
-            raise ValueError(f"how is {how!r}: it can be 'all', 'random' or 'best-worst'")
-        left_out["ties"] += how != "all" and not decided
+            left_out["ties"] += not decided
+            decided = random.Random(f"{seed}-{row['id']}").sample(decided, min(1, len(decided)))
+        seen: set[tuple] = set()
         for i, j in decided:
             chosen, rejected = row["responses"][i], row["responses"][j]
             if reason := _unfit((chosen, rejected), seen):
                 left_out[reason] += 1
             else:
-                rows.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected,
-                             "id": row["id"]})  # fmt: skip
-    if not rows:
+                pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+                found.append(pair | {"id": row["id"]})
+    if not found:
         raise ValueError(f"no pair is left; left out are {dict(left_out)}")
-    return datasets.preference(rows), left_out
+    return shapes.preference(found), left_out
 
 
-def unpaired(
-    ranked: Iterable[Row], threshold: float | None = None, seed: int = 0
-) -> "tuple[Dataset, Counter]":
-    """Annotated rows as single responses, good or bad: columns prompt, completion, label and id.
+def unpaired(ranked: Iterable[Row], seed: int = 0) -> "tuple[Dataset, Counter]":
+    """Annotated rows as single responses: columns prompt, completion, label and id.
 
-    threshold: good is a score of this or more, bad one below; None: good are the responses of the
-    best rank of a prompt and bad those of the last, and a prompt with one rank counts as a tie.
-    In random order: KTOTrainer keeps to the order, and a batch with one label teaches little.
+    Good are the responses of the best rank of a prompt, bad those of the last; a prompt with one rank is a
+    tie. In random order: KTOTrainer keeps to the order, and a batch with one label teaches little.
     Returns also how many were left out: ties, middle (ranks between), duplicates, empty.
     """
-    rows, left_out = [], Counter(ties=0, middle=0, duplicates=0, empty=0)
+    found, left_out = [], Counter(ties=0, middle=0, duplicates=0, empty=0)
     for row in ranked:
-        if threshold is not None and row["scores"] is None:
-            raise ValueError(f"row {row['id']}: {row['annotator']} gives no scores for a threshold")
         last, seen = max(row["ranks"]), set()
-        if threshold is None and last == 1:
+        if last == 1:
             left_out["ties"] += 1
             continue
-        for place, text in enumerate(row["responses"]):
-            rank = row["ranks"][place]
-            label = rank == 1 if threshold is None else row["scores"][place] >= threshold
-            if threshold is None and 1 < rank < last:
+        for text, rank in zip(row["responses"], row["ranks"], strict=True):
+            if 1 < rank < last:
                 left_out["middle"] += 1
-            elif reason := _unfit((text, label), seen):
+            elif reason := _unfit((text, rank == 1), seen):
                 left_out[reason] += 1
             else:
-                rows.append({"prompt": row["prompt"], "completion": text, "label": label,
-                             "id": row["id"]})  # fmt: skip
-    random.Random(seed).shuffle(rows)
-    return datasets.unpaired(rows), left_out
+                labelled = {"prompt": row["prompt"], "completion": text, "label": rank == 1}
+                found.append(labelled | {"id": row["id"]})
+    random.Random(seed).shuffle(found)
+    return shapes.unpaired(found), left_out
 
 
 def unpair(pairs: "Dataset", seed: int = 0) -> "Dataset":
     """Each pair as a good and a bad completion, in random order.
 
-    The rows of TRL's unpair_preference_dataset, which come all good, then all bad. A response that
-    won one comparison and lost another has both labels: ``quality.measure`` counts these.
+    The rows of TRL's unpair_preference_dataset, which come all good, then all bad. A response that won
+    one comparison and lost another has both labels.
     """
-    rows = []
+    found = []
     for row in pairs:
         rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
-        rows.append({**rest, "completion": row["chosen"], "label": True})
-        rows.append({**rest, "completion": row["rejected"], "label": False})
-    random.Random(seed).shuffle(rows)
-    return datasets.unpaired(rows)
+        found += [{**rest, "completion": row["chosen"], "label": True},
+                  {**rest, "completion": row["rejected"], "label": False}]  # fmt: skip
+    random.Random(seed).shuffle(found)
+    return shapes.unpaired(found)
 
 
 def noise(data: "Dataset", rate: float, seed: int = 0) -> "Dataset":
@@ -202,14 +169,7 @@ def noise(data: "Dataset", rate: float, seed: int = 0) -> "Dataset":
         elif i in flipped:
             row = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
         rows.append({**row, "flipped": i in flipped})
-    return (datasets.unpaired if "label" in data.column_names else datasets.preference)(rows)
-
-
-def _best_worst(ranks: list[int], rng: random.Random) -> list[tuple[int, int]]:
-    if max(ranks) == 1:
-        return []
-    ends = [[i for i, rank in enumerate(ranks) if rank == end] for end in (1, max(ranks))]
-    return [(rng.choice(ends[0]), rng.choice(ends[1]))]
+    return (shapes.unpaired if "label" in data.column_names else shapes.preference)(rows)
 
 
 def _unfit(key: tuple, seen: set) -> str | None:

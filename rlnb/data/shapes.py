@@ -2,7 +2,7 @@
 
 Every prompt and completion is conversational: a list of {"role": ..., "content": ...} messages, to
 which the trainer applies the model's own chat template. A data set from elsewhere comes in through
-``read``, or through ``validate`` if it is in memory, and then goes into the same trainers.
+``read``, or through ``preference`` and ``unpaired`` if it is in memory.
 """
 
 import json
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlnb.task import problems as tasks
+from rlnb.task import problems as task
 from rlnb.task.problems import Problem
 
 if TYPE_CHECKING:
-    from datasets import Dataset  # the library: an absolute import never means this file
+    from datasets import Dataset
 
 # What a trainer needs in each shape; any other column is handed to the reward functions.
 SHAPES = {
@@ -25,32 +25,29 @@ SHAPES = {
     "preference": ("prompt", "chosen", "rejected"),  # reward model, DPO, ORPO
     "unpaired": ("prompt", "completion", "label"),  # KTO: good (True) or bad (False)
 }
-ENDINGS = ("completion", "chosen", "rejected")  # the columns that hold what the assistant says
-
-# --- build ---------------------------------------------------------------------------------------
+ROLES = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
 
 
-def prompt_completion(problems: Sequence[Problem], system: str | None = None) -> "Dataset":
+def prompt_completion(problems: Sequence[Problem]) -> "Dataset":
     """Demonstrations for SFTTrainer: columns prompt and completion, the right solution."""
-    rows = ({"prompt": tasks.prompt(p, system), "completion": tasks.solution(p)} for p in problems)
-    return _dataset("prompt-completion", map(conversational, rows))
+    rows = [{"prompt": task.prompt(p), "completion": task.solution(p)} for p in problems]
+    return _build("prompt-completion", _numbered(rows))
 
 
-def prompts(problems: Sequence[Problem], system: str | None = None) -> "Dataset":
+def prompts(problems: Sequence[Problem]) -> "Dataset":
     """Prompts for GRPOTrainer, with what the reward functions read: id, kind, question, answer."""
-    rows = (
-        {"prompt": tasks.prompt(p, system), "id": p.id, "kind": p.kind, "question": p.question,
-         "answer": p.answer} for p in problems
-    )  # fmt: skip
-    return _dataset("prompts", rows)
+    columns = ("id", "kind", "question", "answer")
+    rows = [{"prompt": task.prompt(p)} | {c: getattr(p, c) for c in columns} for p in problems]
+    return _build("prompts", _numbered(rows))
 
 
 def preference(rows: Iterable[Mapping[str, Any]]) -> "Dataset":
     """Pairs for RewardTrainer, DPOTrainer and ORPOTrainer: columns prompt, chosen, rejected.
 
-    rows: mappings with these, as text or messages (``conversational``); other columns stay.
+    rows: mappings with these, each as text or as messages; other columns stay.
+    Raises ValueError, naming row, field and value, for what no trainer can use.
     """
-    return _dataset("preference", map(conversational, rows))
+    return _build("preference", _numbered(rows))
 
 
 def unpaired(rows: Iterable[Mapping[str, Any]]) -> "Dataset":
@@ -58,40 +55,19 @@ def unpaired(rows: Iterable[Mapping[str, Any]]) -> "Dataset":
 
     rows as for ``preference``. Their order stays, and KTOTrainer keeps to it: mix the labels before.
     """
-    return _dataset("unpaired", map(conversational, rows))
+    return _build("unpaired", _numbered(rows))
 
 
 def subset(problems: "Sequence | Dataset", n: int, seed: int = 0) -> "list | Dataset":
-    """n of the problems, without repetition; under one seed a larger subset begins with a smaller.
+    """n of the problems, or of a Dataset's rows; under one seed a larger subset begins with a smaller.
 
-    Takes any sequence, and a Dataset, which gives a Dataset.
     Raises ValueError unless 1 <= n <= len(problems).
     """
     if not 1 <= n <= len(problems):
         raise ValueError(f"n={n} problems are asked for: 1 to {len(problems)} can be given")
     order = list(range(len(problems)))
     random.Random(seed).shuffle(order)
-    if hasattr(problems, "select"):
-        return problems.select(order[:n])
-    return [problems[i] for i in order[:n]]
-
-
-def _dataset(shape: str, rows: Iterable[dict[str, Any]]) -> "Dataset":
-    return _load(list(_checked(_numbered(rows), shape)))
-
-
-def _load(rows: list[dict[str, Any]], name: str = "") -> "Dataset":
-    import pyarrow
-    from datasets import Dataset
-
-    columns = dict.fromkeys(column for row in rows for column in row)
-    try:
-        return Dataset.from_list([{c: row.get(c) for c in columns} for row in rows])
-    except (pyarrow.ArrowException, TypeError, UnicodeError) as error:
-        raise ValueError(f"{name}the rows do not fit into columns: {error}") from error
-
-
-# --- read ----------------------------------------------------------------------------------------
+    return problems.select(order[:n]) if hasattr(problems, "select") else [problems[i] for i in order[:n]]
 
 
 def read(source: str | Path, shape: str, split: str = "train", **options: Any) -> "Dataset":
@@ -102,45 +78,55 @@ def read(source: str | Path, shape: str, split: str = "train", **options: Any) -
     Plain strings become messages, and preferences whose prompt is implicit (the messages that
     chosen and rejected share) get it as a column.
 
-    Raises FileNotFoundError, ConnectionError, and ValueError as ``validate`` does, with the file
-    and the line in front.
+    Raises FileNotFoundError, ConnectionError, and ValueError with the place (the file and the line),
+    the field and its value: for a column that is missing, messages that are none, an empty text,
+    roles other than [system,] user, assistant, ..., user in the prompt and one assistant in the rest,
+    chosen and rejected that are equal, and labels that are not true or false or all the same.
     """
-    _check_shape(shape)
-    convert = explicit if shape == "preference" else conversational
-    places = (
-        (where, convert(row) if isinstance(row, dict) else row)
-        for where, row in _places(source, split, options)
-    )
+    if shape not in SHAPES:
+        raise ValueError(f"there is no shape {shape!r}; there are {', '.join(SHAPES)}")
     name = f"{Path(source).name if Path(source).is_file() else source}: "
-    return _load(list(_checked(places, shape, name)), name)
+    return _build(shape, _places(source, split, options), name)
 
 
-def conversational(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose texts are messages: the prompt the user's, the other columns the assistant's."""
-    roles = {"prompt": "user", **dict.fromkeys(ENDINGS, "assistant")}
-    return {
-        column: [{"role": roles[column], "content": value}]
-        if column in roles and isinstance(value, str)
-        else value
-        for column, value in row.items()
-    }
+def _build(shape: str, places: Iterable[tuple[str, Any]], name: str = "") -> "Dataset":
+    """The rows, each with the place where it stands, checked one by one and then together."""
+    import pyarrow
+    from datasets import Dataset
+
+    rows = []
+    for where, row in places:
+        rows.append(_conversational(row) if isinstance(row, Mapping) else row)
+        check_row(rows[-1], shape, where)
+    if not rows:
+        raise ValueError(f"{name}a data set of shape {shape} needs a row, and there is none")
+    if shape == "unpaired" and len({row["label"] for row in rows}) == 1:
+        raise ValueError(
+            f"{name}label is {rows[0]['label']} in all {len(rows)} rows: KTO learns from good and bad "
+            "ones, so it needs both"
+        )
+    columns = dict.fromkeys(column for row in rows for column in row)
+    try:
+        return Dataset.from_list([{c: row.get(c) for c in columns} for row in rows])
+    except (pyarrow.ArrowException, TypeError, UnicodeError) as error:
+        raise ValueError(f"{name}the rows do not fit into columns: {error}") from error
 
 
-def explicit(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A preference with its prompt in a column of its own, as messages.
+def _conversational(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row whose texts are messages: the prompt the user's, the other columns the assistant's.
 
-    As in TRL, the prompt is what chosen and rejected share at their start, if there is no prompt
-    column or if that is a string beside messages. The last message is never part of the prompt.
+    As in TRL, whose function drops other columns, the prompt is what chosen and rejected share at their
+    start, if there is no prompt column or if that is a string beside messages.
     """
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    hidden = isinstance(chosen, list) and isinstance(rejected, list)
-    if hidden and not isinstance(row.get("prompt"), list):
+    if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(row.get("prompt"), list):
         most = max(0, min(len(chosen), len(rejected)) - 1)
-        shared = next((i for i in range(most) if chosen[i] != rejected[i]), most)
-        if shared:
-            row = {**row, "prompt": chosen[:shared], "chosen": chosen[shared:],
-                   "rejected": rejected[shared:]}  # fmt: skip
-    return conversational(row)
+        n = next((i for i in range(most) if chosen[i] != rejected[i]), most)
+        if n:
+            row = {**row, "prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]}
+    return {column: [{"role": ROLES[column], "content": value}]
+            if column in ROLES and isinstance(value, str) else value
+            for column, value in row.items()}  # fmt: skip
 
 
 def _places(source: str | Path, split: str, options: dict) -> Iterator[tuple[str, Any]]:
@@ -149,14 +135,17 @@ def _places(source: str | Path, split: str, options: dict) -> Iterator[tuple[str
     if path.is_file() and path.suffix == ".jsonl":
         return lines(path)
     if path.is_file() and path.suffix == ".parquet":
-        return _numbered(_records(path), f"{path.name}, ")
+        import pyarrow.parquet
+
+        try:
+            return _numbered(pyarrow.parquet.read_table(path).to_pylist(), f"{path.name}, ")
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{path.name}: {error}") from error
     if path.is_file():
         raise ValueError(f"{path.name}: a data set is a .jsonl or .parquet file, not {path.suffix}")
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source))
     if not path.is_dir() and (not on_hub or path.suffix in (".json", ".jsonl", ".parquet", ".csv")):
-        raise FileNotFoundError(
-            f"there is no file or folder {str(source)!r}; a data set on the hub is 'owner/name'"
-        )
+        raise FileNotFoundError(f"no file or folder {str(source)!r}; a data set on the hub is 'owner/name'")
     from datasets import load_dataset
 
     return _numbered(load_dataset(str(source), split=split, **options), f"{source}, ")
@@ -174,92 +163,18 @@ def lines(path: Path) -> Iterator[tuple[str, Any]]:
                 try:
                     row = json.loads(line.decode("utf-8-sig"))
                 except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{where}: {error} in {_short(line)}") from error
+                    raise ValueError(f"{where}: {error} in {line!r:.80}") from error
                 yield where, row
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path.name}: {error}") from error
 
 
 def _numbered(rows: Iterable[Any], name: str = "") -> Iterator[tuple[str, Any]]:
     return ((f"{name}row {i}", row) for i, row in enumerate(rows))
 
 
-# --- check ---------------------------------------------------------------------------------------
-
-
-def validate(rows: Iterable[Mapping[str, Any]], shape: str) -> int:
-    """Check every row of a data set against a shape of SHAPES, and return how many there are.
-
-    Raises ValueError, naming the row (counted from 0), the field and its value, for a column that
-    is missing, messages that are none, an empty text, roles in another order than
-    [system,] user, assistant, ..., user for the prompt and one assistant for the rest, chosen and
-    rejected that are equal, and labels that are not true or false or are all the same.
-    """
-    _check_shape(shape)
-    return sum(1 for _ in _checked(_numbered(rows), shape))
-
-
-def check_lengths(dataset: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int) -> int:
-    """Print and return how many rows have more than max_length tokens, chat template included.
-
-    The length of a pair is that of its longer side. Nothing is left out here, but the trainers do,
-    and say nothing (TRL 1.15): RewardTrainer drops such rows, the others cut them, and DPO and KTO
-    drop those whose prompt alone has max_length.
-    """
-    lengths = []
-    for row in dataset:
-        whole = [row["prompt"] + row[column] for column in ENDINGS if column in row]
-        ids = tokenizer.apply_chat_template(
-            whole or [row["prompt"]],
-            add_generation_prompt=not whole,
-            tokenize=True,
-            return_dict=True,
-        )["input_ids"]
-        lengths.append(max(map(len, ids)))
-    over = [i for i, length in enumerate(lengths) if length > max_length]
-    rows = ", ".join(map(str, over[:5])) + (", ..." if len(over) > 5 else "")
-    print(
-        f"{len(over)} of {len(lengths)} rows have more than {max_length} tokens"
-        + (f" (rows {rows})" if over else "")
-        + f"; the longest has {max(lengths, default=0)}."
-    )
-    return len(over)
-
-
-def _check_shape(shape: str) -> None:
-    if shape not in SHAPES:
-        raise ValueError(f"there is no shape {shape!r}; there are {', '.join(SHAPES)}")
-
-
-def _checked(places: Iterable[tuple[str, Any]], shape: str, name: str = "") -> Iterator[dict]:
-    """The rows as they come, each after it was checked, and at the end what concerns them all."""
-    count, labels = 0, set()
-    for where, row in places:
-        check_row(row, shape, where)
-        count += 1
-        if shape == "unpaired":
-            labels.add(row["label"])
-        yield row
-    if not count:
-        raise ValueError(f"{name}a data set of shape {shape} needs a row, and there is none")
-    if len(labels) == 1:
-        raise ValueError(
-            f"{name}label is {labels.pop()} in all {count} rows: KTO learns from good and bad ones, "
-            "so it needs both"
-        )
-
-
 def check_row(row: Any, shape: str, where: str) -> None:
-    """What ``validate`` checks of one row; ``where`` it stands is told in front of the error."""
+    """Raises ValueError as ``read`` does for what is wrong in one row; ``where`` stands in front of it."""
     if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: {_short(row)} is not an object with columns")
+        raise ValueError(f"{where}: {row!r:.80} is not an object with columns")
     for column in SHAPES[shape]:
         if column not in row:
             raise ValueError(
@@ -269,34 +184,24 @@ def check_row(row: Any, shape: str, where: str) -> None:
         if column != "label":
             _check_messages(row[column], f"{where}, {column}", of_prompt=column == "prompt")
         elif not isinstance(row[column], bool):
-            raise ValueError(f"{where}, label: {_short(row[column])} is not true or false")
+            raise ValueError(f"{where}, label: {row[column]!r:.80} is not true or false")
     if shape == "preference" and row["chosen"] == row["rejected"]:
-        text = _short(row["chosen"][0]["content"])
-        raise ValueError(
-            f"{where}: chosen and rejected are both {text}: a pair needs two responses"
-        )
+        text = row["chosen"][0]["content"]
+        raise ValueError(f"{where}: chosen and rejected are both {text!r:.80}: a pair needs two responses")
 
 
 def _check_messages(messages: Any, where: str, of_prompt: bool) -> None:
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: {_short(messages)} is not a list of messages")
+        raise ValueError(f"{where}: {messages!r:.80} is not a list of messages")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise ValueError(f"{where}, message {i}: {_short(message)} needs a role and a content")
+            raise ValueError(f"{where}, message {i}: {message!r:.80} needs a role and a content")
         content = message["content"]
         if not isinstance(content, str) or not content.strip():
-            raise ValueError(f"{where}, message {i}, content: {_short(content)} is no text")
+            raise ValueError(f"{where}, message {i}, content: {content!r:.80} is no text")
     roles = [message["role"] for message in messages]
-    turns = roles[1:] if of_prompt and roles[0] == "system" else roles
-    if of_prompt:
-        wanted = "[system,] user, assistant, ..., user"
-        good = len(turns) % 2 and turns == (["user", "assistant"] * len(turns))[: len(turns)]
-    else:
-        wanted, good = "one assistant message", turns == ["assistant"]
-    if not good:
+    spoken = roles[1:] if of_prompt and roles[0] == "system" else roles
+    turns = ["user", "assistant"] * len(spoken) if of_prompt else ["assistant"]
+    if spoken != turns[: len(spoken)] or len(spoken) % 2 == 0:
+        wanted = "[system,] user, assistant, ..., user" if of_prompt else "one assistant message"
         raise ValueError(f"{where}: the roles are {', '.join(map(str, roles))}, not {wanted}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

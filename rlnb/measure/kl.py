@@ -1,18 +1,19 @@
-"""How far a policy has moved from its reference. Called as `evaluate.kl`."""
+"""How far a policy has moved from its reference."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlnb.model import sampling
 from rlnb.model.decode_cpu import left_pad
+from rlnb.model.lora import rewrites_base
 
-if TYPE_CHECKING:
-    import torch
+import torch  # after rlnb.model, which brings in Unsloth
 
-REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations of LoRA
+Pairs = Sequence[tuple[list[int], list[int]]]  # token ids of a prompt and of its completion
 SCORED_AT_ONCE = 2**26  # log-probabilities, in numbers: 256 MiB for each of the two models
 
 
@@ -40,96 +41,74 @@ class KL:
 
 
 def kl(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[sampling.Prompt],
-    *,
-    reference: Any = None,
-    n: int = 1,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-    batch_size: int = 256,
-    progress: str | bool | None = None,
+    model: Any, tokenizer: Any, prompts: Sequence[sampling.Prompt], *, reference: Any = None, n: int = 1,
+    max_new_tokens: int = 64, seed: int = 0, batch_size: int = 256, progress: str | bool | None = None,
 ) -> KL:
     """How far the policy is from its reference, on n fresh samples (temperature 1) of each prompt.
 
     reference: a model; None is the policy with its adapter disabled, that is the base. After GRPO
         from an SFT adapter the base is not where GRPO started: pass the SFT model for that.
-    A sequence ends at the end token or after max_new_tokens.
+    A sequence ends at the end token or after max_new_tokens. The rest is as for ``sampling.sample``.
 
     Raises ValueError with less than two prompts, and if there is no adapter to disable or its
     initialisation has changed the base.
     """
     if len(prompts) < 2:
         raise ValueError(f"{len(prompts)} prompt: a standard error over prompts needs two or more")
-    without = _without_adapter(model) if reference is None else None
+    if reference is None:
+        _check_adapter(model)
     found = sampling.sample(
-        model, tokenizer, prompts, n, max_new_tokens=max_new_tokens, seed=seed,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
+        model, tokenizer, prompts, n, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size,
+        progress=progress,
+    )
     prompt_ids = sampling.tokenize(tokenizer, prompts)
     pairs = [(p, c) for p, group in zip(prompt_ids, found.ids, strict=True) for c in group]
-    vocabulary = model.config.get_text_config().vocab_size
-    rows = max(1, SCORED_AT_ONCE // (vocabulary * max_new_tokens))
+    at_once = max(1, SCORED_AT_ONCE // (model.config.get_text_config().vocab_size * max_new_tokens))
     sums: list[tuple[float, float, float]] = []
-    for start in range(0, len(pairs), rows):
-        batch = pairs[start : start + rows]
-        policy = _log_probs(model, batch)
-        if without is None:
-            sums += _divergences(policy, _log_probs(reference, batch), batch)
-        else:
-            with without():
-                sums += _divergences(policy, _log_probs(model, batch), batch)
-    columns = []
+    for start in range(0, len(pairs), at_once):
+        batch = pairs[start : start + at_once]
+        policy = log_probs(model, batch)
+        with model.disable_adapter() if reference is None else nullcontext():
+            other = log_probs(model if reference is None else reference, batch)
+        sums += _divergences(policy, other, batch)
+    figures = []
     for values in zip(*sums, strict=True):
         by_prompt = [fmean(values[i : i + n]) for i in range(0, len(values), n)]
-        columns += [fmean(by_prompt), stdev(by_prompt) / math.sqrt(len(by_prompt))]
-    return KL(*columns, sequences=len(pairs))
+        figures += [fmean(by_prompt), stdev(by_prompt) / math.sqrt(len(by_prompt))]
+    return KL(*figures, sequences=len(pairs))
 
 
-def _without_adapter(model: Any) -> Callable[[], Any]:
-    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+def _check_adapter(model: Any) -> None:
+    configs = getattr(model, "peft_config", {})
     if not configs:
         raise ValueError("the model has no adapter to disable: pass reference=, the base for one")
     for name, config in configs.items():
-        init = str(getattr(config, "init_lora_weights", "")).lower()
-        if init.startswith(REWRITES_BASE):
+        if rewrites_base(config.init_lora_weights):
             raise ValueError(
-                f"adapter {name!r} was initialised with {init!r}, which changes the base's "
-                "weights: without the adapter it is not the base, so pass that as reference="
+                f"adapter {name!r} was initialised with {config.init_lora_weights!r}, which changes the "
+                "base's weights: without the adapter it is not the base, so pass that as reference="
             )
-    return model.disable_adapter
 
 
-def _log_probs(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> "torch.Tensor":
-    """(rows, longest completion, vocabulary) for (prompt, completion) ids, aligned at the right."""
+def log_probs(model: Any, pairs: Pairs) -> torch.Tensor:
+    """(rows, longest completion, vocabulary) in float32, aligned at the right."""
     ids, mask = (x.to(model.device) for x in left_pad([p + c for p, c in pairs], 0))
     longest = max(len(completion) for _, completion in pairs)
     with sampling.inference(model) as module:
         logits = module(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=longest + 1,
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=False, logits_to_keep=longest + 1,
         ).logits
         return logits[:, -longest - 1 : -1].float().log_softmax(-1)
 
 
-def _divergences(
-    policy: "torch.Tensor",
-    reference: "torch.Tensor",
-    pairs: Sequence[tuple[list[int], list[int]]],
-) -> list[tuple[float, float, float]]:
-    """The exact, k1 and k3 sums of each row; log-probabilities as from `_log_probs`."""
-    import torch
-
+def _divergences(policy: torch.Tensor, reference: torch.Tensor, pairs: Pairs) -> list[tuple[float, ...]]:
+    """The exact, k1 and k3 sums of each row; log-probabilities as from ``log_probs``."""
     found = []
     for p, q, (_, completion) in zip(policy, reference, pairs, strict=True):
         p, q = p[-len(completion) :], q[-len(completion) :].to(p.device)
         # A token that the policy rules out adds nothing, whatever the reference makes of it.
         exact = torch.where(p.isneginf(), 0, p.exp() * (p - q)).sum()
-        drawn = torch.tensor(completion, device=p.device)[:, None]
-        k1 = (p - q).gather(1, drawn)
+        k1 = (p - q).gather(1, torch.tensor(completion, device=p.device)[:, None])
         found.append((exact.item(), k1.sum().item(), ((-k1).expm1() + k1).sum().item()))
     return found

@@ -6,26 +6,44 @@ trained before trains again.
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rlnb.model.folders import (
-    check_fits, check_name, load_weights, read_saved, save_adapter, warn_of_another_base,
-)  # fmt: skip
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
-__all__ = ["add", "combine", "lora_layers", "merged", "off", "save_adapter", "using"]
+from rlnb.model.folders import (
+    DATA, FILES, base_name, check_fits, check_name, load_weights, read_saved, resolve, save_adapter,
+)  # fmt: skip
+from rlnb.model.lora import lora_layers, rewrites_base
+
+__all__ = [
+    "DATA", "add", "base_name", "combine", "load_weights", "lora_layers", "merged", "off", "read_saved",
+    "resolve", "save_adapter", "using",
+]  # fmt: skip
 
 
 def add(model: Any, name: str, folder: str | os.PathLike[str]) -> None:
     """Put a saved adapter beside the ones that the model has. It is frozen, and not yet in use.
 
-    Raises ValueError for a name that is taken or has a dot, and for an adapter of another base.
+    Raises ValueError for a name that is taken or has a dot, for an adapter of another base, and where
+    an adapter's init rewrites the base, which the others stand on.
     """
     path, config = read_saved(folder)
     _check_new_name(model, name)
-    warn_of_another_base(path, config, model.get_base_model().name_or_path)
-    check_fits(path, model.get_base_model())
+    inits = {f"adapter {other!r}": own.init_lora_weights for other, own in model.peft_config.items()}
+    inits[f"{path / FILES[0]}"] = config.get("init_lora_weights")
+    for where, init in inits.items():
+        if rewrites_base(init):
+            raise ValueError(
+                f"{where}: init_lora_weights is {init!r}, which rewrites the base's weights, and adapters "
+                "share their base: load it alone, with load_model(..., reference=False)"
+            )
+    check_fits(path, config, model.get_base_model().name_or_path, model.get_base_model())
     with _unchanged(model):
         load_weights(model, path, name, trainable=False)
 
@@ -37,33 +55,34 @@ def using(model: Any, name: str) -> Iterator[Any]:
         with adapters.using(model, "dpo"):
             sampling.sample(model, ...)
 
+    What trains, trains inside too: PEFT's own switches also set that, and forget what it was.
     Raises ValueError for a name that is not there, RuntimeError inside `merged`.
     """
     check_name(model, name)
-    with _unchanged(model):
-        model.base_model.enable_adapter_layers()
-        model.set_adapter(name, inference_mode=True)
+    with _restored(model) as parts:
+        model.active_adapter = model.base_model.active_adapter = name
+        for part in parts:
+            part._active_adapter, part._disable_adapters = [name], False
         yield model
 
 
 @contextmanager
 def off(model: Any) -> Iterator[Any]:
     """Inside, the model is its base; after that as before. RuntimeError inside `merged`."""
-    with _unchanged(model):
-        model.base_model.disable_adapter_layers()
+    with _restored(model) as parts:
+        for part in parts:
+            part._disable_adapters = True
         yield model
 
 
 def combine(model: Any, name: str, weights: Mapping[str, float]) -> None:
     """A new adapter, the weighted sum of others: its update is sum_i w_i s_i B_i A_i, exactly.
 
-    It gets there by stacking: B = [B_1 B_2 ...] and A = [w_1 s_1 A_1; w_2 s_2 A_2; ...], so its
-    rank is the sum of the ranks. It is frozen, and not yet in use.
+    It gets there by stacking: B = [B_1 B_2 ...] and A = [w_1 s_1 A_1; w_2 s_2 A_2; ...], so its rank is the
+    sum of the ranks. (PEFT's add_weighted_adapter takes over the first one's use_rslora, which scales the
+    sum wrongly.) It is frozen, and not yet in use.
     Raises ValueError for a name that is not there, one that is taken, or a weight that is no number.
     """
-    import torch
-    from peft import LoraConfig
-
     _check_new_name(model, name)
     for other, weight in weights.items():
         check_name(model, other)
@@ -80,16 +99,11 @@ def combine(model: Any, name: str, weights: Mapping[str, float]) -> None:
         for layer in lora_layers(model).values():
             if name not in layer.lora_A:
                 continue
-            parts = [(other, w) for other, w in weights.items() if other in layer.lora_A]
-            a, b = layer.lora_A[name].weight.zero_(), layer.lora_B[name].weight.zero_()
-            start = 0
-            for other, weight in parts:
+            a, b, start = layer.lora_A[name].weight.zero_(), layer.lora_B[name].weight.zero_(), 0
+            for other in [other for other in weights if other in layer.lora_A]:
                 rows = slice(start, start := start + layer.r[other])
-                a[rows] = weight * layer.scaling[other] * layer.lora_A[other].weight
+                a[rows] = weights[other] * layer.scaling[other] * layer.lora_A[other].weight
                 b[:, rows] = layer.lora_B[other].weight
-
-
-# --- merged --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -103,48 +117,34 @@ def merged(model: Any) -> Iterator[Any]:
     Raises TypeError for what has no exact merge here (DoRA, quantised weights), ValueError where no
     adapter is in use.
     """
-    import torch
-
     layers = _mergeable(model)
     _check_not_merged(layers)
     if not layers or layers[0].disable_adapters:
         raise ValueError("no adapter is in use: there is nothing to merge")
-    kept = []
+    copies = []
     try:
         with torch.no_grad():
             for layer in layers:
                 names = [name for name in layer.active_adapters if name in layer.lora_A]
                 weight = layer.get_base_layer().weight
-                kept.append((layer, weight, weight.detach().clone()))
+                copies.append((layer, weight, weight.detach().clone()))
                 update = sum(layer.get_delta_weight(name).float() for name in names)
                 weight.copy_(weight.float() + update)
                 layer.merged_adapters.extend(names)
         yield model
     finally:
         with torch.no_grad():
-            for layer, weight, before in kept:
+            for layer, weight, before in copies:
                 weight.copy_(before)
                 layer.merged_adapters.clear()
 
 
-def lora_layers(model: Any) -> dict[str, Any]:
-    """The layers of a model that have adapters, by name."""
-    from peft.tuners.lora import LoraLayer
-
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
-
-
 def _mergeable(model: Any) -> list[Any]:
-    from peft.tuners.lora import Linear
-    from peft.utils import ModulesToSaveWrapper
-
     if not hasattr(model, "peft_config"):
         raise TypeError("the model has no adapter to merge")
     layers = lora_layers(model)
     for name, layer in layers.items():
-        special = any(
-            n in layer.lora_variant or layer.lora_bias.get(n) for n in layer.active_adapters
-        )
+        special = any(n in layer.lora_variant or layer.lora_bias.get(n) for n in layer.active_adapters)
         if type(layer) is not Linear or special:
             raise TypeError(f"{name} is {type(layer).__name__}, not plain LoRA: merge it with PEFT")
     if any(isinstance(module, ModulesToSaveWrapper) for module in model.modules()):
@@ -153,39 +153,47 @@ def _mergeable(model: Any) -> list[Any]:
 
 
 @contextmanager
+def _restored(model: Any) -> Iterator[list[Any]]:
+    """Yields the parts of the model that adapters are on. Afterwards the adapter in use is as before."""
+    parts = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    _check_not_merged(parts)
+    active = model.active_adapter, model.base_model.active_adapter
+    before = [(part, part._active_adapter, part._disable_adapters) for part in parts]
+    try:
+        yield parts
+    finally:
+        model.active_adapter, model.base_model.active_adapter = active
+        for part, names, disabled in before:
+            part._active_adapter, part._disable_adapters = names, disabled
+
+
+@contextmanager
 def _unchanged(model: Any) -> Iterator[None]:
-    """Whatever adapter is in use inside, afterwards it is as before, and so is what trains."""
-    layers = lora_layers(model).values()
-    _check_not_merged(layers)
-    active, on = model.active_adapter, not any(layer.disable_adapters for layer in layers)
+    """PEFT adds an adapter inside; what was there before is in use, trains and is in the mode as before."""
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        model.set_adapter(active)
-        switch = model.base_model
-        switch.enable_adapter_layers() if on else switch.disable_adapter_layers()
-        for parameter, flag in trains:
-            parameter.requires_grad = flag
-        for module, training in modes:
-            module.training = training
+    with _restored(model):
+        try:
+            yield
+        finally:
+            for parameter, flag in trains:
+                parameter.requires_grad = flag
+            for module, training in modes:
+                module.training = training
 
 
-def _check_not_merged(layers: Iterable[Any]) -> None:
-    if any(layer.merged for layer in layers):
+def _check_not_merged(layers: list[Any]) -> None:
+    if any(getattr(layer, "merged", False) for layer in layers):
         raise RuntimeError("the adapter is merged into the weights: leave adapters.merged first")
 
 
 def _check_new_name(model: Any, name: str) -> None:
-    from torch.nn import ModuleDict  # where PEFT keeps the parts: no name of its methods goes in
-
     there, why = ", ".join(model.peft_config), None
+    parts = {part for key, _ in model.named_parameters() for part in key.split(".")}
     if name in model.peft_config:
         why = "is taken"
-    elif not name or "." in name or name in "lora_" or hasattr(ModuleDict(), name) or any(
-        name in key.split(".") for key, _ in model.named_parameters()
-    ):  # fmt: skip
+    # PEFT keeps the parts of an adapter in a ModuleDict: no name of its methods goes in.
+    elif not name or "." in name or name in "lora_" or hasattr(torch.nn.ModuleDict(), name) or name in parts:
         why = "is one that PEFT would mix up with the model's own names"
     if why:
         raise ValueError(f"adapter name {name!r} {why}: choose another; there are {there}")

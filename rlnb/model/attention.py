@@ -8,10 +8,14 @@ fused attention would copy for each of them.
 """
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 MOST = 2**24  # attention weights in a layer: 96 MiB are kept of them
 PIECE = 2**22  # of them at a time: larger tensors are slower, each is fetched from the system anew
@@ -22,7 +26,14 @@ def use(model: Any) -> None:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     if on_cpu and inner.config._attn_implementation == "sdpa":
-        inner.set_attn_implementation(register())
+        inner.set_attn_implementation(_register())
+
+
+@functools.cache
+def _register() -> str:
+    AttentionInterface.register("rlnb", _attention)
+    AttentionMaskInterface.register("rlnb", sdpa_mask)
+    return "rlnb"
 
 
 def is_plain(rows: int, heads: int, new: int, length: int, low: bool) -> bool:
@@ -30,76 +41,46 @@ def is_plain(rows: int, heads: int, new: int, length: int, low: bool) -> bool:
     return low and new > 1 and rows * heads * new * length <= MOST
 
 
-@functools.cache
-def register() -> str:
-    """Make the attention known to transformers; returns its name there."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    def attention(
-        module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **rest
-    ):
-        rows, heads, new, _ = query.shape
-        unusual = dropout or rest.get("position_bias") is not None
-        if not unusual and new == 1 and heads > key.shape[1]:
-            return _next_token(query, key, value, attention_mask, scaling), None
-        if unusual or not is_plain(rows, heads, new, key.shape[2], _is_low(value)):
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout, scaling, is_causal, **rest
-            )
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if attention_mask is None and causal:
-            attention_mask = query.new_ones(1, 1, new, key.shape[2], dtype=bool).tril()
-        return plain(query, key, value, attention_mask, scaling), None
-
-    AttentionInterface.register("rlnb", attention)
-    AttentionMaskInterface.register("rlnb", sdpa_mask)
-    return "rlnb"
+def _attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **rest
+):
+    rows, heads, new, size = query.shape
+    unusual, mask = dropout or rest.get("position_bias") is not None, attention_mask
+    if not unusual and new == 1 and heads > key.shape[1]:
+        query = query.reshape(rows, key.shape[1], -1, size)  # a group's heads: queries of one attention
+        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        return out.reshape(rows, 1, heads, -1), None
+    if unusual or not is_plain(rows, heads, new, key.shape[2], _is_low(value)):
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal, **rest)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and causal:
+        mask = query.new_ones(1, 1, new, key.shape[2], dtype=bool).tril()
+    return plain(query, key, value, mask, scaling), None
 
 
-def _is_low(x: "torch.Tensor") -> bool:
+def _is_low(x: Tensor) -> bool:
     """Whether matrix products with this tensor are in 16 bits."""
-    import torch
-
     return x.dtype.itemsize == 2 or torch.is_autocast_enabled(x.device.type)
 
 
-def _next_token(query, key, value, mask, scale):
-    """The heads of a group become the queries of one attention."""
-    import torch
-
-    rows, heads, _, size = query.shape
-    query = query.reshape(rows, key.shape[1], -1, size)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale
-    )
-    return out.reshape(rows, 1, heads, -1)
-
-
 def plain(
-    query: "torch.Tensor",
-    key: "torch.Tensor",
-    value: "torch.Tensor",
-    mask: "torch.Tensor | None" = None,
-    scale: float | None = None,
-) -> "torch.Tensor":
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """softmax(Q K^T x scale + mask) V (arXiv 1706.03762, eq. 1), the softmax in float32.
 
     query: (rows, heads, new, size); key and value: (rows, key-value heads, length, size). mask: (rows
     or 1, heads or 1, new, length), True where a position is seen, or numbers to add. scale: default
     1 / sqrt(size). Returns (rows, new, heads, size), as transformers wants it.
     """
-    import torch
-
     rows, heads, new, size = query.shape
     shared, length = key.shape[1], key.shape[2]
     at_once = max(1, PIECE // (heads * new * length))
     if rows > at_once:
         own = mask is not None and len(mask) > 1  # else all rows share it
         pieces = [slice(i, i + at_once) for i in range(0, rows, at_once)]
-        found = [plain(query[i], key[i], value[i], mask[i] if own else mask, scale) for i in pieces]
-        return torch.cat(found)
+        return torch.cat(
+            [plain(query[i], key[i], value[i], mask[i] if own else mask, scale) for i in pieces]
+        )
     query = query.reshape(rows, shared, -1, size) * (size**-0.5 if scale is None else scale)
     weights = (query @ key.transpose(2, 3)).view(rows, heads, new, length)
     if mask is not None and mask.dtype == torch.bool:

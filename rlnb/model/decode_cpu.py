@@ -11,13 +11,16 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from rlnb.model import attention
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import Cache
+from rlnb.model.lora import lora_layers
 
 COMPACT = 7 / 8  # copying the cache pays once no more than this share of its rows is at work
 READ_AT_ONCE = 32  # prompts: more fall out of the processor's cache, and need more padding
@@ -25,7 +28,7 @@ READ_AT_ONCE = 32  # prompts: more fall out of the processor's cache, and need m
 
 @dataclass(frozen=True)
 class Settings:
-    """What a decoder needs to know beside the model and the prompts; max_new_tokens in tokens."""
+    """What a decoder needs to know beside the model and the prompts."""
 
     max_new_tokens: int
     temperature: float  # 0 is greedy
@@ -36,14 +39,10 @@ class Settings:
     pad: int
 
 
-def decode(
-    view: Any, prompts: list[list[int]], s: Settings, done: Callable[[int], Any]
-) -> list[list[int]]:
+def decode(view: Any, prompts: list[list[int]], s: Settings, done: Callable[[int], Any]) -> list[list[int]]:
     """The ids of one completion for each prompt's. `view` is what `view()` returns; done(k) is told
     whenever k more completions are there.
     """
-    import torch
-
     # All numbers are drawn at once, so that what a row gets does not depend on its batch.
     generator = torch.Generator().manual_seed(s.seed)
     chances = torch.rand(len(prompts), s.max_new_tokens, generator=generator)
@@ -58,15 +57,9 @@ def decode(
 
 
 def _decode_batch(
-    view: Any,
-    prompts: list[list[int]],
-    chances: "torch.Tensor",
-    s: Settings,
-    done: Callable[[int], Any],
+    view: Any, prompts: list[list[int]], chances: Tensor, s: Settings, done: Callable[[int], Any]
 ) -> list[list[int]]:
     """chances: (rows, max_new_tokens), uniform in [0, 1)."""
-    import torch
-
     forward, cache, logits, mask = _read(view, prompts, s.pad)
     tokens, ends = torch.full(chances.shape, s.pad), torch.tensor(s.ends)
     rows, at_work = torch.arange(len(prompts)), torch.ones(len(prompts), dtype=torch.bool)
@@ -89,17 +82,12 @@ def _decode_batch(
     return [up_to_end(row, s.ends) for row in tokens.tolist()]
 
 
-def _read(
-    view: Any, prompts: list[list[int]], pad: int
-) -> "tuple[Callable, Cache, torch.Tensor, torch.Tensor]":
+def _read(view: Any, prompts: list[list[int]], pad: int) -> tuple[Callable, Cache, Tensor, Tensor]:
     """Run the prompts through the model, equal ones once and a few at a time.
 
     Returns forward(new ids, mask of all ids so far) -> (rows, vocabulary) logits of the next token,
     the cache that it fills, and for each row of `prompts` the logits and the mask.
     """
-    import torch
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
 
     def forward(ids, mask, cache):
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -124,9 +112,8 @@ def _read(
     return functools.partial(forward, cache=cache), cache, torch.cat(logits)[where], mask[where]
 
 
-def _join(caches: "list[Cache]", width: int) -> "Cache":
+def _join(caches: list[Cache], width: int) -> Cache:
     """One cache for the rows of all, padded on the left to `width` positions."""
-    import torch
 
     def joined(tensors):  # (rows, heads, positions, size) each
         padded = (torch.nn.functional.pad(t, (0, 0, width - t.shape[2], 0)) for t in tensors)
@@ -138,25 +125,21 @@ def _join(caches: "list[Cache]", width: int) -> "Cache":
     return caches[0]
 
 
-def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> "tuple[torch.Tensor, torch.Tensor]":
+def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """(rows, longest) ids and their attention mask."""
-    import torch
-
     width = max(map(len, prompts))
     ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def pick(logits: "torch.Tensor", chances: "torch.Tensor", s: Settings) -> "torch.Tensor":
+def pick(logits: Tensor, chances: Tensor, s: Settings) -> Tensor:
     """(rows, vocabulary) logits and (rows,) numbers, uniform in [0, 1) -> (rows,) token ids.
 
     Inverts the cumulative distribution; torch.multinomial draws a number for each entry of the
     vocabulary. top_p keeps the smallest set of tokens that reaches it (arXiv 1904.09751, 3.1).
     Raises FloatingPointError if the logits are not finite.
     """
-    import torch
-
     logits = logits.float()
     top, best = logits.max(-1)
     if not top.isfinite().all():
@@ -184,26 +167,16 @@ def view(model: Any) -> Any:
     Whatever happens to it, the model stays as it is, bit for bit: PEFT's own merge takes the
     adapter out by subtraction, which rounds. Merged is float32 only: 16 bits lose small updates.
     """
-    import torch
-
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     copied = copy.deepcopy(model, shared).eval()
     vars(copied).pop("forward", None)  # accelerate puts the trainer's autocast there
-    for layer in lora_layers(copied):
+    for layer in lora_layers(copied).values():
         base = layer.get_base_layer()
-        if layer.merged or layer.disable_adapters or base.weight.dtype != torch.float32:
+        on = isinstance(layer, Linear) and not (layer.merged or layer.disable_adapters)
+        if not on or base.weight.dtype != torch.float32:
             continue
         for name, parameter in list(base.named_parameters(recurse=False)):
             setattr(base, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))
         layer.merge()
     attention.use(copied)
     return copied
-
-
-def lora_layers(model: Any) -> list[Any]:
-    """The linear layers that have a LoRA adapter."""
-    if not hasattr(model, "peft_config"):
-        return []
-    from peft.tuners.lora import Linear
-
-    return [module for module in model.modules() if isinstance(module, Linear)]

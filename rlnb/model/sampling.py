@@ -1,8 +1,7 @@
 """The one way to sample completions: rollouts, evaluation and preference data all go through here.
 
 On a CPU our own loop decodes (rlnb/model/decode_cpu.py). On a GPU the model's own generate does (Unsloth's,
-where it is loaded), or vLLM where the model has an engine: both are untested on a GPU until
-tests/gpu has run on one.
+where it is loaded), or vLLM where the model has an engine.
 """
 
 import functools
@@ -10,42 +9,32 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rlnb.model.decode_cpu import Settings, decode, left_pad, lora_layers, up_to_end, view
+import torch
+from tqdm.auto import tqdm
 
-if TYPE_CHECKING:
-    import torch
+from rlnb.model.decode_cpu import Settings, decode, left_pad, up_to_end, view
+from rlnb.model.lora import lora_layers
 
 Prompt = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Completions:
-    """What was sampled, as [prompt][sample].
-
-    ids hold neither the prompt nor padding, and end in the end token where `finished` is true.
-    texts leave special tokens out, as the completions do that TRL gives to reward functions.
+    """What was sampled, as [prompt][sample]. ids hold neither the prompt nor padding, and end in the end
+    token where the model ended. texts leave special tokens out, as in what TRL gives to reward functions.
     """
 
     texts: list[list[str]]
     ids: list[list[list[int]]]
-    finished: list[list[bool]]
 
 
 def sample(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    n: int = 1,
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 256,
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], n: int = 1, *, max_new_tokens: int = 64,
+    temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, batch_size: int = 256,
     progress: str | bool | None = None,
-) -> Completions:
+) -> Completions:  # fmt: skip
     """Sample n completions of each prompt. The model and every random state stay as they are.
 
     prompts: chat messages, which get the chat template and its generation prompt, or plain strings.
@@ -65,12 +54,8 @@ def sample(
     draws = 1 if temperature == 0 else n
     flat = _run(model, [ids for ids in prompt_ids for _ in range(draws)], settings, progress)
     texts = tokenizer.batch_decode(flat, skip_special_tokens=True) if flat else []
-    finished = [ids[-1] in settings.ends for ids in flat]
-
-    def by_prompt(column: list) -> list[list]:
-        return [column[i : i + draws] * (n // draws) for i in range(0, len(flat), draws)]
-
-    return Completions(by_prompt(texts), by_prompt(flat), by_prompt(finished))
+    by_prompt = [slice(i, i + draws) for i in range(0, len(flat), draws)]
+    return Completions(*([column[rows] * (n // draws) for rows in by_prompt] for column in (texts, flat)))
 
 
 def rollout(prompts: list[Prompt], trainer: Any) -> dict[str, list]:
@@ -79,18 +64,15 @@ def rollout(prompts: list[Prompt], trainer: Any) -> dict[str, list]:
     TRL 1.15 hands over each prompt num_generations times. Settings are the trainer's. The seed is
     drawn from torch's global generator, which the trainer seeds from args.seed, differently on each
     process, and restores on resuming. logprobs are vLLM's where the trainer uses vLLM, else None as
-    with TRL's own generate: it computes them itself where it needs them (the way through vLLM is
-    untested on a GPU until tests/gpu has run on one). RLOOTrainer has no such hook.
+    with TRL's own generate: it computes them itself where it needs them. RLOOTrainer has no such hook.
 
     Raises ValueError if the trainer asks for anything that this does not do.
     """
-    import torch
-
     _check_trainer(trainer)
-    model, tokenizer = trainer.model, trainer.processing_class
+    model, tokenizer, limit = trainer.model, trainer.processing_class, trainer.max_completion_length
     template = {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
     prompt_ids = tokenize(tokenizer, prompts, **template)
-    _check_lengths(model, prompt_ids, trainer.max_completion_length)
+    _check_lengths(model, prompt_ids, limit)
     if trainer.use_vllm:
         group = trainer.num_generations if model.training else trainer.num_generations_eval
         _, completion_ids, logprobs, _ = trainer.vllm_generation.generate(prompt_ids, None, group)
@@ -98,26 +80,20 @@ def rollout(prompts: list[Prompt], trainer: Any) -> dict[str, list]:
         logprobs = [[position[0] for position in row] for row in logprobs]
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
     seed = int(torch.randint(2**62, ()))
-    settings = _settings(
-        model, tokenizer, trainer.max_completion_length, trainer.temperature, trainer.top_p, seed
-    )
+    settings = _settings(model, tokenizer, limit, trainer.temperature, trainer.top_p, seed)
     completion_ids = _run(model, prompt_ids, settings, progress=False)
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[Prompt], **template: Any) -> list[list[int]]:
-    """The token ids of each prompt, as TRL's trainers make them.
-
-    Raises TypeError unless all prompts are strings or all are lists of messages, and ValueError for
-    a prompt without tokens.
+    """The token ids of each prompt, as TRL's trainers make them. Raises TypeError unless all prompts are
+    strings or all are lists of messages, and ValueError for a prompt without tokens.
     """
     kinds = {type(prompt) for prompt in prompts}
     if isinstance(prompts, str) or kinds not in (set(), {str}, {list}):
         names = "one string" if isinstance(prompts, str) else {kind.__name__ for kind in kinds}
-        raise TypeError(
-            f"prompts must be a list of strings or a list of conversations, not {names}"
-            + (": put the one conversation into a list" if kinds == {dict} else "")
-        )
+        hint = ": put the one conversation into a list" if kinds == {dict} else ""
+        raise TypeError(f"prompts must be a list of strings or a list of conversations, not {names}{hint}")
     if kinds == {list}:
         prompt_ids = tokenizer.apply_chat_template(
             list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **template
@@ -131,14 +107,10 @@ def tokenize(tokenizer: Any, prompts: Sequence[Prompt], **template: Any) -> list
 
 
 @contextmanager
-def inference(model: Any) -> "Iterator[torch.nn.Module]":
-    """The model, ready to run without gradients.
-
-    On a CPU this is a copy that shares the weights, so that nothing of the model is touched;
-    elsewhere the model itself, switched to inference and back.
+def inference(model: Any) -> Iterator[torch.nn.Module]:
+    """The model, ready to run without gradients: on a CPU a copy that shares the weights, so that nothing
+    of the model is touched; elsewhere the model itself, switched to inference and back.
     """
-    import torch
-
     if _on_cpu(model):
         with torch.inference_mode():
             yield view(model)
@@ -152,34 +124,29 @@ def _switched(model: Any) -> Iterator[None]:
     """Unsloth's switches set more than the mode: checkpointing, the cache, which forward runs."""
     unsloth = hasattr(model, "for_inference")
     modes = [(module, module.training) for module in model.modules()]
-    kinds = [getattr(module, "gradient_checkpointing", False) for module in model.modules()]
+    checkpoints = [getattr(module, "gradient_checkpointing", False) for module in model.modules()]
     try:
         model.for_inference() if unsloth else model.eval()
         yield
     finally:
         if unsloth and modes[0][1]:
-            model.for_training(use_gradient_checkpointing=next(filter(None, kinds), False))
+            model.for_training(use_gradient_checkpointing=next(filter(None, checkpoints), False))
         for module, training in modes:
             module.training = training
 
 
 def _settings(
-    model: Any,
-    tokenizer: Any,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
+    model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float, seed: int,
     batch_size: int = 256,
-) -> Settings:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+) -> Settings:  # fmt: skip
+    for name, value, fine, says in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("batch_size", batch_size, batch_size >= 1, "1 or more"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or a positive number"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not fine:
+            raise ValueError(f"{name} must be {says}, not {value}")
     ends = model.generation_config.eos_token_id or []
     ends = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)} - {None}
     pad = tokenizer.pad_token_id or 0  # any token will do: padding is masked, and cut off
@@ -191,42 +158,33 @@ def _check_lengths(model: Any, prompt_ids: list[list[int]], max_new_tokens: int)
     for i, ids in enumerate(prompt_ids):
         if limit and len(ids) + max_new_tokens > limit:
             raise ValueError(
-                f"prompt {i} has {len(ids)} tokens and max_new_tokens is {max_new_tokens}, but the "
-                f"model has {limit} positions: shorten the prompt or set max_new_tokens lower"
+                f"prompt {i} has {len(ids)} tokens and max_new_tokens is {max_new_tokens}, but the model "
+                f"has {limit} positions: shorten the prompt or set max_new_tokens lower"
             )
 
 
 def _check_trainer(trainer: Any) -> None:
     """What TRL's own generation does beyond temperature and top_p is refused, not ignored."""
-    plain = {"top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0, None)}
-    plain |= dict.fromkeys(("tools", "environments"), (None, []))
-    for name, values in plain.items():
-        if (value := getattr(trainer, name, None)) not in values:
+    for owner, name, values in (
+        (trainer, "top_k", (0, -1, None)), (trainer, "min_p", (None, 0.0)),
+        (trainer, "repetition_penalty", (1.0, None)), (trainer, "tools", (None, [])),
+        (trainer, "environments", (None, [])), (trainer.args, "generation_kwargs", (None, {})),
+    ):  # fmt: skip
+        if (value := getattr(owner, name, None)) not in values:
             raise ValueError(
                 f"sampling.rollout takes {name}={values[0]} only, and the trainer has {value!r}: "
                 "change that or leave rollout_func out"
             )
-    if trainer.args.generation_kwargs:
-        raise ValueError(
-            f"sampling.rollout takes no generation_kwargs, and the trainer has "
-            f"{trainer.args.generation_kwargs}: leave them or rollout_func out"
-        )
 
 
 def _on_cpu(model: Any) -> bool:
     return all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
-def _run(
-    model: Any, rows: list[list[int]], settings: Settings, progress: str | bool | None
-) -> list[list[int]]:
+def _run(model: Any, rows: list, settings: Settings, progress: str | bool | None) -> list[list[int]]:
     """One completion for each row of prompt ids, by the engine that the model has."""
-    from tqdm.auto import tqdm
-
-    look = {"disable": progress is False, "leave": False, "delay": 2}  # seconds
-    if isinstance(progress, str):
-        look |= {"desc": progress, "delay": 0}
-    with tqdm(total=len(rows), **look) as bar:
+    look = {"desc": progress, "delay": 0} if isinstance(progress, str) else {"delay": 2}  # seconds
+    with tqdm(total=len(rows), disable=progress is False, leave=False, **look) as bar:
         if getattr(model, "vllm_engine", None) is not None:
             return _with_vllm(model, rows, settings, bar.update)
         with inference(model) as module:
@@ -234,17 +192,10 @@ def _run(
             return engine(module, rows, settings, bar.update)
 
 
-def _generate(
-    model: Any, prompts: list[list[int]], s: Settings, done: Callable[[int], Any]
-) -> list[list[int]]:
-    """transformers' generate. Unsloth's forward for GPUs has a cache of its own, which only its own
-    generate knows. Untested on a GPU until tests/gpu has run on one.
-    """
-    import torch
-
-    how = {"do_sample": False}
-    if s.temperature > 0:
-        how = {"do_sample": True, "temperature": s.temperature, "top_p": s.top_p, "top_k": 0}
+def _generate(model: Any, prompts: list, s: Settings, done: Callable[[int], Any]) -> list[list[int]]:
+    """The model's own generate: Unsloth's forward for GPUs has a cache that only that knows."""
+    sampled = {"do_sample": True, "temperature": s.temperature, "top_p": s.top_p, "top_k": 0}
+    how = sampled if s.temperature > 0 else {"do_sample": False}
     completions = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     with torch.random.fork_rng():
@@ -263,29 +214,24 @@ def _generate(
     return completions
 
 
-def _with_vllm(
-    model: Any, prompts: list[list[int]], s: Settings, done: Callable[[int], Any]
-) -> list[list[int]]:
+def _with_vllm(model: Any, prompts: list, s: Settings, done: Callable[[int], Any]) -> list[list[int]]:
     """The engine that Unsloth attaches with fast_inference=True. It holds the base's weights: the
-    adapter goes along with each request. Untested on a GPU until tests/gpu has run on one.
+    adapter goes along with each request.
     """
-    import torch
     from vllm import SamplingParams
 
-    how = {"temperature": s.temperature, "top_p": s.top_p, "max_tokens": s.max_new_tokens}
-    how["stop_token_ids"] = list(s.ends)
-    seeds = torch.randint(
-        2**62, (len(prompts),), generator=torch.Generator().manual_seed(s.seed)
-    ).tolist()
+    how = {"temperature": s.temperature, "top_p": s.top_p, "max_tokens": s.max_new_tokens,
+           "stop_token_ids": list(s.ends)}  # fmt: skip
+    generator = torch.Generator().manual_seed(s.seed)
+    seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
     adapter = None
-    if any(not layer.disable_adapters for layer in lora_layers(model)):
+    if any(not layer.disable_adapters for layer in lora_layers(model).values()):
         adapter = model.load_lora(_adapter_folder().name, load_tensors=True)
     outputs = model.fast_generate(
         [{"prompt_token_ids": ids} for ids in prompts],
         sampling_params=[SamplingParams(seed=seed, **how) for seed in seeds],
-        lora_request=adapter,
-        use_tqdm=False,
-    )
+        lora_request=adapter, use_tqdm=False,
+    )  # fmt: skip
     done(len(prompts))
     return [list(output.outputs[0].token_ids) for output in outputs]
 

@@ -1,7 +1,4 @@
-"""A real local server with OpenAI's interface for an exported model, started and stopped cleanly.
-
-The way through vLLM is untested on a GPU until tests/gpu has run on one.
-"""
+"""A real local server with OpenAI's interface for an exported model, started and stopped cleanly."""
 
 import contextlib
 import importlib.util
@@ -16,14 +13,16 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
+
 from rlnb.model.folders import resolve
 
 NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")  # by `transformers serve`
 # Nothing calls home: transformers' command line looks for updates once a day, vLLM sends statistics.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "DO_NOT_TRACK": "1"}
-# The server's standard input is a pipe from here. It closes when this process ends, however it ends:
-# a killed kernel leaves no server behind.
-LEASH = """
+# The server's standard input is a pipe from here. It closes when this process ends, however it ends: a killed
+# kernel leaves no server behind.
+WATCHDOG = """
 import os, runpy, signal, sys, threading
 
 def end_with_the_pipe():
@@ -51,11 +50,11 @@ def serve(folder: str | os.PathLike[str], *, timeout: float = 120) -> Iterator[S
             client = openai.OpenAI(base_url=server.url, api_key="none")
             client.chat.completions.create(model=server.model, messages=[...], temperature=0)
 
-    It is vLLM on a GPU that has it, else `transformers serve`; it listens on this machine only and
-    downloads nothing. timeout: seconds to wait for it to be ready.
+    It is vLLM on a GPU that has it, else `transformers serve`; it listens on this machine only and downloads
+    nothing. timeout: seconds to wait for it to be ready.
 
-    Raises ImportError that names the missing packages, RuntimeError with the end of the server's
-    log if it stops by itself, TimeoutError with the same if it is not ready in time.
+    Raises ImportError that names the missing packages, RuntimeError with the end of the server's log if it
+    stops by itself, TimeoutError with the same if it is not ready in time.
     """
     model = resolve(folder)
     with socket.socket() as probe:
@@ -63,13 +62,9 @@ def serve(folder: str | os.PathLike[str], *, timeout: float = 120) -> Iterator[S
         port = probe.getsockname()[1]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
-            _server_command(model, port),
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | OFFLINE,
-            start_new_session=True,  # so that what it starts in turn can be stopped with it
-        )
+            _server_command(model, port), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
+            env=os.environ | OFFLINE, start_new_session=True,  # so that what it starts can be stopped with it
+        )  # fmt: skip
         try:
             _wait_until_ready(process, port, timeout, log)
             yield Server(f"http://127.0.0.1:{port}/v1", model)
@@ -78,50 +73,40 @@ def serve(folder: str | os.PathLike[str], *, timeout: float = 120) -> Iterator[S
 
 
 def _server_command(model: str, port: int) -> list[str]:
-    import torch
-
-    where = ["--host", "127.0.0.1", "--port", str(port)]
+    watched, where = [sys.executable, "-c", WATCHDOG], ["--host", "127.0.0.1", "--port", str(port)]
     if torch.cuda.is_available() and importlib.util.find_spec("vllm"):
-        # Half of the card, because a notebook's kernel is on it too.
-        server = ["vllm.entrypoints.openai.api_server", "--model", model, *where]
-        return [sys.executable, "-c", LEASH, *server, "--gpu-memory-utilization", "0.5"]
+        # Half of the GPU's memory, because a notebook's kernel is on it too.
+        vllm = ["vllm.entrypoints.openai.api_server", "--model", model, "--gpu-memory-utilization", "0.5"]
+        return [*watched, *vllm, *where]
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ImportError(
-            f"`transformers serve` needs {', '.join(missing)}, not installed here: run python -m "
-            "rlnb setup, or pip install -r requirements.txt"
+            f"`transformers serve` needs {', '.join(missing)}, not installed here: run python -m rlnb "
+            "setup, or pip install -r requirements.txt"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    server = ["transformers.cli.transformers", "serve", model, "--device", device, *where]
-    return [sys.executable, "-c", LEASH, *server]
+    return [*watched, "transformers.cli.transformers", "serve", model, "--device", device, *where]
 
 
 def _wait_until_ready(process: subprocess.Popen, port: int, timeout: float, log: Any) -> None:
-    # No proxy: the server is on this machine.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy to this machine
     until = time.monotonic() + timeout
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended with status {process.returncode}: {_tail(log)}")
+    while process.poll() is None and time.monotonic() < until:
         with contextlib.suppress(OSError):
             if opener.open(f"http://127.0.0.1:{port}/health", timeout=5).status == 200:
                 return
         time.sleep(0.1)
-    raise TimeoutError(f"the server was not ready within {timeout:g} s: {_tail(log)}")
-
-
-def _tail(log: Any, lines: int = 20) -> str:
     log.seek(0)
-    return "its log ends\n" + "".join(log.readlines()[-lines:])
+    tail = "its log ends\n" + "".join(log.readlines()[-20:])
+    if process.returncode is not None:
+        raise RuntimeError(f"the server ended with status {process.returncode}: {tail}")
+    raise TimeoutError(f"the server was not ready within {timeout:g} s: {tail}")
 
 
 def _stop(process: subprocess.Popen) -> None:
     """End the server and all that it started: asked first, and within ten seconds made to."""
     for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
         with contextlib.suppress(ProcessLookupError):
-            if hasattr(os, "killpg"):
-                os.killpg(process.pid, number)
-            else:
-                process.terminate()
+            os.killpg(process.pid, number) if hasattr(os, "killpg") else process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
     process.stdin.close()

@@ -1,12 +1,10 @@
 """The registry of runs: one folder per run, under $RLNB_RUNS or `runs/` of the repository.
 
     runs/20261120-125239-grpo/
-        run.json       what was asked for, on what machine, how it ended, what it cost, the result
+        run.json       what was asked for, on what machine, how it ended, what it cost, the result;
+                       replaced whole, so that a reader sees the old one or the new one
         curve.jsonl    one line per log: step, seconds since the start, and the numbers logged
         adapter/       the LoRA adapter, if the run saved one
-
-`run.json` is replaced whole, so a reader sees the old one or the new one. How values become JSON,
-which has no NaN, is in rlnb/record/values.py.
 """
 
 import itertools
@@ -18,37 +16,31 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlnb import files
-from rlnb import machine
-from rlnb.record.values import Table, fits_a_cell, jsonable, number, read_rows
+from rlnb import files, machine, profiles
+from rlnb.record.values import jsonable, number, read_rows
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SCHEMA = 1  # of run.json; a reader skips what it does not know
-COLUMNS = ("id", "method", "model", "status", "seed", "labels", "seconds", "train_seconds",
-           "peak_memory_mb")  # fmt: skip
-TRIM = 0.5  # seconds: how often at most a training gives freed memory back
-ASKED = ("seed", "model", "profile", "parent", "labels")  # settings beside the config
+COLUMNS = ("id", "method", "model", "status", "seed", "labels", "seconds", "train_seconds", "peak_memory_mb")
+SETTINGS = ("seed", "model", "profile", "parent", "labels")  # beside the config
 
 
 @dataclass(eq=False, repr=False)
 class Run:
-    """One run, live or read from disk. Every field but `folder` is in run.json.
-
-    `status` is running, done, failed or interrupted, and lost for a run whose process died. Memory
-    is the peak of the process in MB (2**20 bytes): since the run started on Linux, since the
-    process started elsewhere.
-    """
+    """One run, live or read from disk. Every field but `folder` is in run.json, and has its type there."""
 
     id: str
     folder: Path
     method: str
     started: str  # UTC, ISO 8601
-    status: str = "running"
+    status: str = "running"  # done, failed or interrupted; lost: its process has died
     error: str | None = None
     model: str | None = None
     parent: str | None = None  # the run whose adapter this one started from
@@ -56,18 +48,20 @@ class Run:
     profile: str | None = None
     seed: int | None = None
     labels: int = 0  # preference labels or demonstrations used
-    config: dict[str, Any] = field(default_factory=dict)
-    result: dict[str, Any] = field(default_factory=dict)
-    seconds: float | None = None
-    timers: dict[str, float] = field(default_factory=dict)  # seconds, by name
-    peak_memory_mb: float | None = None
-    peak_gpu_memory_mb: float | None = None  # of torch's allocator
-    versions: dict[str, str] = field(default_factory=dict)
-    machine: dict[str, Any] = field(default_factory=dict)
-    process: dict[str, Any] = field(default_factory=dict)
+    config: dict = field(default_factory=dict)  # TRL's names, and rank, alpha, targets, data
+    result: dict = field(default_factory=dict)
+    seconds: float | int | None = None
+    timers: dict = field(default_factory=dict)  # name -> seconds
+    peak_memory_mb: float | int | None = None  # of 2**20 bytes; of the whole process, except on Linux
+    peak_gpu_memory_mb: float | int | None = None  # of torch's allocator
+    versions: dict = field(default_factory=dict)
+    machine: dict = field(default_factory=dict)
+    process: dict = field(default_factory=dict)
 
-    _began = None  # time.perf_counter() at the start; no field, as only `start` knows it
-    _training = None  # the model that `callback` sees, until the run ends
+    # Without a type these are no fields, and are not written.
+    report = None  # of the held-out problems: an evaluate.Report
+    on_interrupt = None  # what `start` calls when the run is interrupted
+    _began = None  # time.perf_counter() at the start; only `start` knows it
 
     def __repr__(self) -> str:
         cost = "" if self.seconds is None else f", {self.seconds:.1f} s"
@@ -84,24 +78,23 @@ class Run:
         return self.timers.get("train")
 
     def get(self, key: str) -> Any:
-        """A field, or else a value of `config`, or else of `result`; None if there is none.
-
-        Dots go down: `get("lora.rank")`, `get("result.strict")`.
-        """
+        """A field, else a value of `config`, else of `result`, else None. Dots go down: "result.strict"."""
         head, *rest = key.split(".")
         own = {**vars(self), "train_seconds": self.train_seconds}
-        places = (own, self.config, self.result)
-        value = next((place[head] for place in places if head in place), None)
+        value = next((of[head] for of in (own, self.config, self.result) if head in of), None)
         for part in rest:
             value = value.get(part) if isinstance(value, Mapping) else None
         return value
 
     def log(self, step: int | None = None, **values: float) -> None:
         """Appends one line of numbers to the curve, at once. TypeError for a value that is none."""
-        for name, value in values.items():
-            if number(value) is None:
-                raise TypeError(f"log: {name}={value!r} is no number; results go to finish().")
-        self._append(step, values)
+        row = {} if step is None else {"step": step}
+        if self._began is not None:
+            row["seconds"] = round(time.perf_counter() - self._began, 3)
+        if bad := [f"{name}={value!r}" for name, value in values.items() if number(value) is None]:
+            raise TypeError(f"log: {', '.join(bad)} is no number; results go to finish().")
+        with (self.folder / "curve.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(jsonable(row | values), allow_nan=False) + "\n")
 
     def finish(self, **result: Any) -> None:
         """Adds to the result and writes it; may be called again, and after the run has ended."""
@@ -115,132 +108,68 @@ class Run:
         try:
             yield
         finally:
-            spent = self.timers.get(name, 0.0) + time.perf_counter() - began
-            self.timers[name] = round(spent, 3)
+            self.timers[name] = round(self.timers.get(name, 0.0) + time.perf_counter() - began, 3)
             self._save()
-
-    def callback(self):
-        """A transformers TrainerCallback that puts the numbers of each log into the curve, has the
-        adapter saved if the run is interrupted, and gives freed memory back between steps.
-        """
-        from transformers import TrainerCallback
-
-        run, trimmed = self, time.perf_counter()
-
-        class Curve(TrainerCallback):
-            def on_train_begin(self, args, state, control, model=None, **kwargs):
-                if state.is_world_process_zero:
-                    run._training = model
-
-            def on_step_end(self, args, state, control, **kwargs):
-                nonlocal trimmed
-                if time.perf_counter() - trimmed > TRIM:
-                    machine.trim()
-                    trimmed = time.perf_counter()
-
-            def on_log(self, args, state, control, logs=None, **kwargs):
-                if state.is_world_process_zero:
-                    run._append(state.global_step, logs or {})
-
-        return Curve()
 
     def curve(self) -> list[dict[str, float]]:
         """The lines of curve.jsonl as dicts of numbers; lines cut off by a crash are left out."""
         return read_rows(self.folder / "curve.jsonl")
 
-    def _append(self, step: int | None, values: Mapping[str, Any]) -> None:
-        row = {"step": step} if step is not None else {}
-        if self._began is not None:
-            row["seconds"] = round(time.perf_counter() - self._began, 3)
-        row |= {k: plain for k, v in values.items() if (plain := number(v)) is not None}
-        with (self.folder / "curve.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
-
-    def _close(self, status: str, error: BaseException | None = None) -> None:
-        if status == "interrupted":
-            self._keep()
-        self._training = None
-        self._measure()
-        self.status = status
-        self.error = f"{type(error).__name__}: {error}"[:2000] if error else None
-        self._save()
-
-    def _keep(self) -> None:
-        """Saves what an interrupted training has learnt, unless the run has saved its adapter."""
-        if hasattr(self._training, "peft_config") and not self.adapter.exists():
-            from rlnb.model import folders
-
-            with suppress(Exception):  # the interrupt goes on, and is what the user is told of
-                folders.save_adapter(self._training, self.adapter)
-
-    def _measure(self) -> None:
+    def _save(self, status: str = "running", error: BaseException | None = None) -> None:
+        """Writes run.json: of a live run with what it has cost so far, and how it ended if it has."""
         if self.status == "running" and self._began is not None:
             self.seconds = round(time.perf_counter() - self._began, 3)
             self.peak_memory_mb = machine.peak_memory_mb()
             self.peak_gpu_memory_mb, self.machine["gpu"] = machine.gpu()
-
-    def _save(self) -> None:
-        self._measure()
+            self.status = status
+            self.error = f"{type(error).__name__}: {error}"[:2000] if error else None
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "folder"}
         text = json.dumps({"schema": SCHEMA, **jsonable(data)}, indent=1, allow_nan=False)
         files.write(self.folder / "run.json", text + "\n")
 
 
-# --- start and find ------------------------------------------------------------------------------
-
-
 def root() -> Path:
     """$RLNB_RUNS, or `runs` in the repository, or in the working folder if rlnb is installed."""
     if given := os.environ.get("RLNB_RUNS"):
-        return Path(given)
+        return Path(given).expanduser().absolute()
     repository = Path(__file__).resolve().parents[2]
     return (repository if (repository / "pyproject.toml").is_file() else Path.cwd()) / "runs"
 
 
 @contextmanager
 def start(
-    method: str,
-    *,
-    model: str | None = None,
-    config: Any = None,
-    seed: int | None = None,
-    labels: int = 0,
-    parent: Run | str | None = None,
-    notebook: str | None = None,
-    profile: str | None = None,
-) -> Iterator[Run]:
-    """Registers a run, times it, and records how it ended.
+    method: str, *, model: str | None = None, config: Any = None, seed: int | None = None,
+    labels: int = 0, parent: Run | str | None = None,
+) -> Iterator[Run]:  # fmt: skip
+    """Registers a run, times it, and records how it ended: done, failed, or interrupted (Ctrl-C, SystemExit).
 
-    Leaving the block marks the run done; an exception marks it failed and Ctrl-C interrupted, and
-    both go on. An interrupted training with `callback` keeps its adapter. `config` is a mapping or a
-    dataclass. `notebook` is this one's name by default, `profile` the one in force. Raises ValueError
-    for a method that makes no folder name, TypeError for a config of another type. Of several
-    processes of one training (torchrun, accelerate) the first alone is in the registry.
+    The block may set `run.on_interrupt` to a function that saves what an interrupted training has learnt.
+    config: a mapping or a dataclass; TypeError for another. ValueError for a method that makes no folder
+    name. Of several processes of one training (torchrun, accelerate) the first alone is in the registry.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", method):
         raise ValueError(f"method is {method!r}: use letters, digits, '-' and '_' only.")
     settings = jsonable({} if config is None else config)
     if not isinstance(settings, dict):
         raise TypeError(f"config is {config!r:.80}: give a mapping or a dataclass.")
-    from rlnb.train import recipes  # here, so that looking at runs stays light
-
     run = _create(
-        method=method,
-        model=model if model is None else str(model),
-        config=settings,
-        seed=seed,
-        labels=labels,
+        method, model=None if model is None else str(model), config=settings, seed=seed, labels=labels,
         parent=parent.id if isinstance(parent, Run) else parent,
-        notebook=notebook or this_notebook(),
-        profile=profile or recipes.profile(),
-    )
+        notebook=this_notebook(), profile=profiles.profile(),
+    )  # fmt: skip
     try:
         yield run
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        run._close("interrupted" if stopped else "failed", error)
+        if stopped and run.on_interrupt:
+            with suppress(BaseException):  # also a second Ctrl-C: the first one goes on
+                run.on_interrupt()
+        run._save("interrupted" if stopped else "failed", error)
         raise
-    run._close("done")
+    else:
+        run._save("done")
+    finally:
+        run.on_interrupt = None  # it may hold a model
 
 
 def this_notebook() -> str | None:
@@ -254,31 +183,15 @@ def this_notebook() -> str | None:
     return "/".join(parts[-2:] if parts[-2:-1] == ("solutions",) else parts[-1:])
 
 
-_PLACE: ContextVar[Path | None] = ContextVar("place", default=None)
-
-
-@contextmanager
-def apart(folder: Path) -> Iterator[None]:
-    """Runs that this thread starts inside go into a registry of their own: see `all`."""
-    token = _PLACE.set(folder)
-    try:
-        yield
-    finally:
-        _PLACE.reset(token)
-
-
-def _create(method: str, **asked: Any) -> Run:
+def _create(method: str, **settings: Any) -> Run:
     """A new run whose folder appears under its name with run.json in it: readers never see half."""
     now = datetime.now(UTC)
     name = f"{now:%Y%m%d-%H%M%S}-{method}"
-    place = _PLACE.get() or root()
-    if int(os.environ.get("RANK", "0")):
-        place /= ".others"
+    place = root() / ".others" if int(os.environ.get("RANK", "0")) else root()
     folder = place / f".{name}.{os.urandom(4).hex()}"
     folder.mkdir(parents=True)
-    run = Run(name, folder, method, now.isoformat(), **asked)
-    run.versions, run.machine = machine.versions(), machine.describe()
-    run.process = machine.process()
+    run = Run(name, folder, method, now.isoformat(), **settings)
+    run.versions, run.machine, run.process = machine.versions(), machine.describe(), machine.process()
     machine.reset_peak_memory()
     run._began = time.perf_counter()
     for again in itertools.count(2):
@@ -293,33 +206,39 @@ def _create(method: str, **asked: Any) -> Run:
     return run
 
 
-def all(folder: Path | None = None) -> list[Run]:
-    """Every run, newest first. Those with a broken run.json are skipped, with one warning for all;
-    a folder without one is no run. folder: another registry than `root`.
-    """
-    found, broken = [], []
-    for path in (folder or root()).glob("[!.]*/run.json"):
-        try:
-            found.append(_read(path.parent))
-        except (OSError, TypeError, ValueError) as error:
-            broken.append(f"{path.parent.name} ({error})")
-    if broken:
-        warnings.warn(f"{folder or root()}: skipped broken run(s): {'; '.join(broken)}", stacklevel=2)
-    return sorted(found, key=lambda run: (run.started, run.id), reverse=True)
-
-
-def load(id: str) -> Run:
-    """The run of that id. Raises FileNotFoundError with the newest ids if there is none."""
-    if not (root() / id / "run.json").is_file():
-        newest = ", ".join(run.id for run in all()[:3]) or "none yet"
-        raise FileNotFoundError(f"no run {id!r} in {root()}; the newest are: {newest}.")
-    return _read(root() / id)
+def _read(folder: Path) -> Run:
+    """The run of a folder, checked so far that nothing that reads it later breaks. Raises ValueError."""
+    file = folder / "run.json"
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise ValueError(f"it is not of schema {SCHEMA}")
+        known = {f.name: data[f.name] for f in fields(Run) if f.name in data}
+        run = Run(**{**known, "id": folder.name, "folder": folder})
+        for f in fields(Run):
+            if not isinstance(value := getattr(run, f.name), f.type):
+                raise ValueError(f"{f.name} is {value!r:.80}")
+        if run.status == "running" and not machine.alive(run.process):
+            run.status = "lost"
+    except Exception as error:  # whatever somebody's JSON can do
+        raise ValueError(f"{file} is broken: {error}") from error
+    return run
 
 
 def find(**filters: Any) -> list[Run]:
-    """The runs whose fields, config or result have these values (see `Run.get`), newest first."""
-    wanted = jsonable(filters)
-    return [run for run in all() if wanted == {key: run.get(key) for key in wanted}]
+    """The runs with these values (see `Run.get`), newest first; without filters all. Those with a broken
+    run.json are skipped, with one warning for all; a folder without one is no run.
+    """
+    found, broken, wanted = [], [], jsonable(filters)
+    for path in root().glob("[!.]*/run.json"):
+        try:
+            found.append(_read(path.parent))
+        except ValueError as error:
+            broken.append(str(error))
+    if broken:
+        warnings.warn(f"skipped broken run(s): {'; '.join(broken)}", stacklevel=2)
+    found = [run for run in found if wanted == {key: run.get(key) for key in wanted}]
+    return sorted(found, key=lambda run: (run.started, run.id), reverse=True)
 
 
 def latest(*, status: str | None = "done", **filters: Any) -> Run | None:
@@ -328,15 +247,12 @@ def latest(*, status: str | None = "done", **filters: Any) -> Run | None:
     return next(iter(find(**filters)), None)
 
 
-def _read(folder: Path) -> Run:
-    data = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise ValueError(f"run.json is not of schema {SCHEMA}")
-    known = {f.name: data[f.name] for f in fields(Run) if f.name in data}
-    run = Run(**{**known, "id": folder.name, "folder": folder})
-    if run.status == "running" and not machine.alive(run.process):
-        run.status = "lost"
-    return run
+def load(id: str) -> Run:
+    """The run of that id. FileNotFoundError names the newest if there is none; ValueError if it is broken."""
+    if not (root() / id / "run.json").is_file():
+        newest = ", ".join(run.id for run in find()[:3]) or "none yet"
+        raise FileNotFoundError(f"no run {id!r} in {root()}; the newest are: {newest}.")
+    return _read(root() / id)
 
 
 def delete(run: Run) -> None:
@@ -348,42 +264,37 @@ def delete(run: Run) -> None:
 
 
 def differences(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
-    """By id of the run, the settings that are not the same in all of them: of the config, and seed,
-    model, parent, profile and labels. One that a run does not have is None.
+    """By id of the run, the settings that are not the same in all of them, of its config and of SETTINGS. One
+    that a run does not have is None.
     """
-    runs = list(runs)
-    asked = [dict(run.config) | {key: getattr(run, key) for key in ASKED} for run in runs]
-    keys = dict.fromkeys(key for settings in asked for key in settings)
-    differ = [key for key in keys if any(s.get(key) != asked[0].get(key) for s in asked)]
-    return {run.id: {key: s.get(key) for key in differ} for run, s in zip(runs, asked, strict=True)}
+    settings = {run.id: run.config | {key: getattr(run, key) for key in SETTINGS} for run in runs}
+    keys = dict.fromkeys(key for of in settings.values() for key in of)
+    first = next(iter(settings.values()), {})
+    differ = [key for key in keys if any(of.get(key) != first.get(key) for of in settings.values())]
+    return {id: {key: of.get(key) for key in differ} for id, of in settings.items()}
 
 
-def compare(runs: Iterable[Run]) -> Table:
-    """What differs between runs, and what came of it: a row each, its settings that are not the same
-    in all, what it cost, and its results.
+def table(runs: Iterable[Run] | None = None, columns: Iterable[str] | None = None) -> "DataFrame":
+    """The runs (default: all), a row each. columns: names for `Run.get`; by default what a run is and cost,
+    and each result of one figure. Those without any value are left out. Proportions read "53.0 % of 500".
     """
-    runs = list(runs)
-    differ = differences(runs)
-    rows = table(runs)
-    if not rows:
-        return rows
-    kept = [name for name in rows[0] if name not in (*ASKED, "id")]
-    return Table(
-        {"id": run.id} | differ[run.id] | {name: row[name] for name in kept}
-        for run, row in zip(runs, rows, strict=True)
-    )
+    import pandas as pd  # here, so that looking at runs stays light
 
-
-def table(runs: Iterable[Run] | None = None, columns: Iterable[str] | None = None) -> Table:
-    """The runs (default: all) as rows of `columns`: names for `Run.get`.
-
-    By default what they are and cost, and every result that is a value or a proportion; columns
-    without any value are left out.
-    """
-    runs = all() if runs is None else list(runs)
+    runs = find() if runs is None else list(runs)
     if columns is None:
-        flat = [k for run in runs for k, v in run.result.items() if fits_a_cell(v)]
-        results = dict.fromkeys(f"result.{key}" for key in flat)
-        columns = [c for c in (*COLUMNS, *results) if any(run.get(c) is not None for run in runs)]
-    columns = list(columns)
-    return Table({name: run.get(name) for name in columns} for run in runs)
+        results = [f"result.{key}" for run in runs for key, value in run.result.items()
+                   if is_proportion(value) or not isinstance(value, dict | list)]  # fmt: skip
+        columns = (*COLUMNS, *dict.fromkeys(results))
+    cells = {name: [_cell(run.get(name)) for run in runs] for name in columns}
+    filled = {name: values for name, values in cells.items() if any(v is not None for v in values)}
+    return pd.DataFrame(filled, dtype=object).convert_dtypes()
+
+
+def is_proportion(value: Any) -> bool:
+    """Whether a value is {"k": successes, "n": trials}."""
+    plain = isinstance(value, dict) and all(isinstance(of, int | float) for of in value.values())
+    return plain and set(value) == {"k", "n"} and value["n"] > 0
+
+
+def _cell(value: Any) -> Any:
+    return f"{100 * value['k'] / value['n']:.1f} % of {value['n']}" if is_proportion(value) else value

@@ -11,10 +11,12 @@ import json
 import random
 import re
 import tomllib
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+
+from rlnb import files, profiles
 
 DATA = Path(__file__).parents[2] / "data" / "problems"
 TEST_SPLITS = ("id", "templates", "larger", "deeper", "rule")
@@ -34,12 +36,6 @@ KINDS = {kind["name"]: kind for kind in _TEXT["kind"]}
 ID_KINDS = tuple(name for name, kind in KINDS.items() if not kind.get("deep"))
 DEEP_KINDS = tuple(name for name, kind in KINDS.items() if kind.get("deep"))
 UNITS = _TEXT["units"]
-_OPS: dict[str, Callable[[int, int], int]] = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a // b if b and a % b == 0 else -1,  # -1: refused, like a negative count
-}
 
 
 @dataclass(frozen=True)
@@ -66,10 +62,9 @@ class Problem:
 
 def apply(op: str, left: int, right: int) -> int:
     """The result of an equation; -1 for a division that leaves a remainder."""
-    return _OPS[op](left, right)
-
-
-# --- generate ------------------------------------------------------------------------------------
+    if op == "/":
+        return left // right if right and left % right == 0 else -1
+    return {"+": left + right, "-": left - right, "*": left * right}[op]
 
 
 def work(plan: Iterable[str], numbers: dict[str, int]) -> tuple[str, ...] | None:
@@ -88,16 +83,14 @@ def work(plan: Iterable[str], numbers: dict[str, int]) -> tuple[str, ...] | None
 def careless(problem: Problem) -> tuple[str, ...]:
     """The trace of somebody in a hurry, in the way that is usual for this kind of problem.
 
-    Falls back to a forgotten carry (the last result is off by ten) where the wrong plan does not
-    work out or happens to be right.
+    A forgotten carry (the last result is off by ten) where the wrong plan does not work out or is right.
     """
     habit = KINDS[problem.kind]["careless"]
     trace = None if habit == "slip" else work(habit, problem.numbers)
     if trace and int(trace[-1].split()[-1]) != problem.answer:
         return trace
-    head, _, _ = problem.trace[-1].rpartition(" ")
     wrong = problem.answer - 10 if problem.answer > 10 else problem.answer + 10
-    return (*problem.trace[:-1], f"{head} {wrong}")
+    return (*problem.trace[:-1], f"{problem.trace[-1].rpartition(' ')[0]} {wrong}")
 
 
 def _tell(template: str, words: dict[str, object], rng: random.Random) -> str:
@@ -113,39 +106,31 @@ def _words(new: bool, rng: random.Random) -> dict[str, object]:
     return dict(Name=name, Other=other, he=he, He=he.title(), his=his, things=things, others=others)
 
 
-def _other_unit(spec: dict, usual: int, rng: random.Random) -> int:
-    low, high = spec["rule_unit"]
-    return rng.choice([size for size in range(low, high + 1) if size != usual])
-
-
 def draw(kind: str, rng: random.Random, *, larger=False, new=False, rule: bool = False) -> Problem:
     """One problem of a kind. ``larger`` numbers, ``new`` names and wording, a changed unit ``rule``."""
     spec = KINDS[kind]
     ranges = spec["larger"] if larger and "larger" in spec else spec["id"]
     unit = UNITS.get(spec.get("unit"))
-    while True:
+    trace = None
+    while not trace:
         numbers = {name: rng.randint(low, high) for name, (low, high) in ranges.items()}
-        if unit:
-            numbers["U"] = _other_unit(spec, unit, rng) if rule else unit
+        if unit and rule:
+            low, high = spec["rule_unit"]
+            numbers["U"] = rng.choice([size for size in range(low, high + 1) if size != unit])
+        elif unit:
+            numbers["U"] = unit
         trace = work(spec["plan"], numbers)
-        if trace:
-            break
     words = {**_words(new, rng), **numbers}
     parts = [_tell(rng.choice(spec["new" if new and "new" in spec else "templates"]), words, rng)]
     if rng.random() < 0.15:
         parts.insert(0, _tell(rng.choice(_TEXT["fillers_new" if new else "fillers"]), words, rng))
     if rule:
         parts.insert(0, _tell(spec["rule"], words, rng))
-    answer = int(trace[-1].split()[-1])
-    return Problem("", "", kind, " ".join(parts), answer, trace, numbers)
+    return Problem("", "", kind, " ".join(parts), int(trace[-1].split()[-1]), trace, numbers)
 
 
 def generate(
-    split: str,
-    n: int,
-    seed: int = 0,
-    kinds: Iterable[str] | None = None,
-    exclude: Collection[tuple] = (),
+    split: str, n: int, seed: int = 0, kinds: Iterable[str] | None = None, exclude: Collection[tuple] = ()
 ) -> list[Problem]:
     """n different problems of a split, the kinds in turn. ``exclude`` holds keys that must not come.
 
@@ -166,12 +151,8 @@ def generate(
         problem = draw(kinds[len(found) % len(kinds)], rng, **options)
         if problem.key not in seen:
             seen.add(problem.key)
-            fields = {**vars(problem), "id": f"{split}-{len(found):04d}", "split": split}
-            found.append(Problem(**fields))
+            found.append(replace(problem, id=f"{split}-{len(found):04d}", split=split))
     raise ValueError(f"only {len(found)} of {n} different problems found: ask for fewer.")
-
-
-# --- files ---------------------------------------------------------------------------------------
 
 
 def write_data(folder: Path = DATA) -> None:
@@ -182,29 +163,31 @@ def write_data(folder: Path = DATA) -> None:
         rows = generate(split, size, exclude=seen)
         seen.update(problem.key for problem in rows)
         text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
-        partial = folder / f".{split}.jsonl.tmp"
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        partial.replace(folder / f"{split}.jsonl")
+        files.write(folder / f"{split}.jsonl", text)
 
 
 def load(split: str, path: Path | None = None) -> list[Problem]:
-    """The problems of a split from data/problems, or from a JSONL file of the same fields."""
+    """The problems of a split from data/problems, or from a JSONL file of the same fields.
+
+    Raises FileNotFoundError, and ValueError with the file and the line for a row that is no problem.
+    """
     path = Path(path) if path else DATA / f"{split}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"no split {split!r} at {path}; there are {', '.join(SIZES)}.")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         try:
-            row = json.loads(line)
-            rows.append(
-                Problem(**{**row, "trace": tuple(row["trace"]), "answer": int(row["answer"])})
-            )
+            if line.strip():
+                rows.append(_problem(json.loads(line)))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path.name}, line {number}: {error} in {line[:80]!r}") from error
     return rows
 
 
-# --- render --------------------------------------------------------------------------------------
+def _problem(row: dict) -> Problem:
+    if type(row["answer"]) is not int or not isinstance(row["trace"], list):
+        raise TypeError("the answer must be a whole number, and the trace a list of equations")
+    return Problem(**{**row, "trace": tuple(row["trace"])})
 
 
 def render(trace: Iterable[str], answer: int) -> str:
@@ -218,12 +201,16 @@ def solution(problem: Problem) -> str:
 
 
 def prompt(problem: Problem, system: str | None = None) -> list[dict[str, str]]:
-    """The problem as chat messages, behind a system message if there is one."""
+    """The problem as chat messages, behind a system message if there is one.
+
+    system: None is SYSTEM, which tells a model the format; the practice model has none, as it was never
+    told anything. "" is no system message for any model.
+    """
+    if system is None and profiles.model_name() != profiles.PRACTICE:
+        system = SYSTEM
     head = [{"role": "system", "content": system}] if system else []
     return [*head, {"role": "user", "content": problem.question}]
 
-
-# --- parse and grade -----------------------------------------------------------------------------
 
 # ASCII digits only, bounded repetition, no nested quantifiers: linear time on any text.
 _NUMBER = re.compile(
@@ -232,7 +219,9 @@ _NUMBER = re.compile(
 _EQUATION = re.compile(
     r"(?<![0-9.,])([0-9]{1,9}) ?([-+*/]) ?([0-9]{1,9}) ?= ?([0-9]{1,9})(?![0-9]|[.,][0-9])"
 )
-_CANONICAL = re.compile(r"-?(?:0|[1-9][0-9]{0,11})")
+_STRICT = re.compile(
+    r"\s*<reasoning>(.*)</reasoning>\s*<answer>\s*(-?(?:0|[1-9][0-9]{0,11}))\s*</answer>\s*", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -240,9 +229,7 @@ class Grade:
     """How a completion did. ``strict`` (format, answer and trace) is what the workbook reports."""
 
     format: bool  # exactly the two blocks, a canonical integer in the second
-    answer: (
-        int | None
-    )  # the answer given, in whatever style; None if there is none or there are two
+    answer: int | None  # the one given, in whatever style; None if there is none or there are two
     correct: bool  # the answer is right, in whatever style
     trace: bool  # the equations are true, use known numbers only and end in the answer given
     strict: bool
@@ -252,14 +239,8 @@ def _strict_parts(text: str) -> tuple[str, int] | None:
     """(reasoning, answer) if the text is in the strict format to the letter, else None."""
     if any(text.count(tag) != 1 for tag in TAGS):
         return None
-    before, _, rest = text.partition("<reasoning>")
-    reasoning, _, rest = rest.partition("</reasoning>")
-    between, _, rest = rest.partition("<answer>")
-    answer, closed, after = rest.partition("</answer>")
-    if not closed or (before + between + after).strip() or not reasoning.strip():
-        return None
-    answer = answer.strip()
-    return (reasoning, int(answer)) if _CANONICAL.fullmatch(answer) else None
+    match = _STRICT.fullmatch(text)
+    return (match[1], int(match[2])) if match and match[1].strip() else None
 
 
 def parse_answer(text: str) -> int | None:
@@ -298,9 +279,7 @@ def check_trace(reasoning: str, question: str, answer: int | None) -> bool:
 def grade(completion: str, question: str, answer: int) -> Grade:
     """Grades one completion against the question and its right answer, in linear time."""
     if not isinstance(completion, str):
-        raise TypeError(
-            f"a completion is a str, not {type(completion).__name__}: {completion!r:.80}"
-        )
+        raise TypeError(f"a completion is a str, not {type(completion).__name__}: {completion!r:.80}")
     if len(completion) > MAX_CHARS:
         return Grade(False, None, False, False, False)
     return _grade(completion, question, answer)

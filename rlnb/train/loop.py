@@ -16,7 +16,7 @@ from typing import Any
 
 from rlnb import machine
 from rlnb.measure import evaluate
-from rlnb.model.adapters import base_name, save_adapter
+from rlnb.model.folders import base_name, save_adapter
 from rlnb.record import progress, runs
 from rlnb.record.values import jsonable, number
 from rlnb.task.problems import Problem
@@ -36,7 +36,7 @@ SHARED = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_ba
 
 def fit(
     method: str, trainer: Trainer, data: Any = None, *, start: runs.Run | str | Path | None = None,
-    before: evaluate.Report | None = None, problems: Sequence[Problem] | None = None,
+    before: evaluate.Report | None = None, problems: Sequence[Problem] | None = None, check: bool = True,
 ) -> runs.Run:  # fmt: skip
     """Check, train, save the adapter, measure, and keep a record of it all. Returns the run, done.
 
@@ -44,13 +44,14 @@ def fit(
     data: what it was given to learn from, default its train_dataset: to count rows that it left out.
     start: what its adapter came from; None: the base. before: the start's report, for the record.
     problems: to measure greedy answers on, default ``evaluate.held_out()``; () measures nothing. The
-        report is in ``run.report``.
+        report is in ``run.report``. check: False trains even what the checks refuse, to see why they do.
 
     Raises ValueError before anything is spent for what ``preflight.check`` finds, RewardError for a
     reward that is no number. Ctrl-C keeps what was learnt.
     """
     # 1. check
-    preflight.check(trainer, data)
+    if check:
+        preflight.check(trainer, data)
     _guard_rewards(trainer)
     # 2. train
     model = trainer.model

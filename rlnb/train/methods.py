@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rlnb.data import annotators, preferences, shapes
-from rlnb.measure import evaluate, judge as judging
-from rlnb.model import LoRA, load_model, reward_model, sampling
-from rlnb.model.adapters import base_name, resolve
+from rlnb.measure import evaluate
+from rlnb.model import LoRA, load_model, sampling
+from rlnb.model.folders import base_name, resolve
 from rlnb.profiles import PRACTICE, by, model_name, profile
 from rlnb.record import runs
 from rlnb.record.values import jsonable
@@ -62,13 +62,13 @@ FROM_BASE = ("sft", "reward_model")  # always
 def train(
     method: str, seed: int = 0, *, start: Start | None = None, data: Dataset | None = None, reward: Any = None,
     lora: LoRA | None = None, problems: Sequence[task.Problem] | None = None, max_lora_rank: int = 64,
-    callbacks: Sequence[Any] = (), **settings: Any,
+    callbacks: Sequence[Any] = (), check: bool = True, **settings: Any,
 ) -> runs.Run:  # fmt: skip
     """One run of a method, done, with its adapter saved and its held-out result in it.
 
     start: "base", "sft" (the usual SFT run of this seed, or one made now), a run, or an adapter's folder.
     data: what to learn from. reward: for PPO, RLOO and GRPO, what their trainers take as reward_funcs.
-    lora: of a new adapter; a saved one keeps its own. problems: to measure on, see ``fit``.
+    lora: of a new adapter; a saved one keeps its own. problems, check: see ``fit``.
     settings: arguments of the method's config class in place of the recipe's, as beta=1.0.
 
     Raises ValueError for an unknown method or empty data, TypeError for a setting that there is not.
@@ -90,9 +90,11 @@ def train(
         model=model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=list(callbacks), **more
     )
     if method != "reward_model":
-        return fit(method, trainer, data, start=start, problems=problems)
-    run = fit(method, trainer, data, problems=())
-    unseen = judging.judge_pairs(model, tokenizer, gold_pairs(held_out=True, seed=seed))
+        return fit(method, trainer, data, start=start, problems=problems, check=check)
+    from rlnb.measure.judge import judge_pairs
+
+    run = fit(method, trainer, data, problems=(), check=check)
+    unseen = judge_pairs(model, tokenizer, gold_pairs(held_out=True, seed=seed))
     run.finish(pair_accuracy=unseen.accuracy, pair_loss=unseen.loss)
     return run
 
@@ -110,6 +112,8 @@ def _config(method: str, start: Start, seed: int, reward: Any, settings: dict[st
 def _policy(method: str, start: Start, lora: LoRA, seed: int, max_lora_rank: int) -> tuple[Any, Any, Start | None]:
     """The model with its adapter, the tokenizer, and what the adapter came from (None: the base)."""
     if method == "reward_model":
+        from rlnb.model import reward_model
+
         return *reward_model.load(model_name(), lora, seed=seed), None
     if start == "base":
         return *load_model(model_name(), lora, max_lora_rank=max_lora_rank, seed=seed), None
@@ -125,9 +129,12 @@ def _rewards(method: str, seed: int, reward: Any) -> dict[str, Any]:
         return {}
     if reward is None and method == "grpo":
         reward = [rewards.correctness, rewards.format_reward]
-    elif reward is None:
+    elif reward is None and method == "ppo":
         reward = judge(seed)
-        reward = reward if method == "ppo" else reward_model.as_reward(*reward_model.load(model_name(), reward))
+    elif reward is None:
+        from rlnb.model import reward_model
+
+        reward = reward_model.as_reward(*reward_model.load(model_name(), judge(seed)))
     return {"reward_funcs": reward} | ({"rollout_func": sampling.rollout} if method == "grpo" else {})
 
 
@@ -195,10 +202,12 @@ def _some(rows: Dataset, n: int, seed: int) -> Dataset:
 
 
 def find(
-    method: str, seed: int = 0, *, lora: LoRA | None = None, data: Dataset | None = None, **settings: Any
-) -> runs.Run | None:
+    method: str, seed: int = 0, *, lora: LoRA | None = None, data: Dataset | None = None,
+    start: runs.Run | None = None, **settings: Any,
+) -> runs.Run | None:  # fmt: skip
     """The latest finished run of this model and profile with the usual settings, or with these in their
-    place, and with its adapter still there. data: what it has to have learnt from, to the row.
+    place, and with its adapter still there. data: what it has to have learnt from, to the row. start: the
+    run that it has to have started from.
     """
     lora = lora or adapter(method.removesuffix("_from_base"))
     wanted = recipe(method) | settings | {"rank": lora.rank, "alpha": lora.alpha}
@@ -206,7 +215,7 @@ def find(
         wanted["data"] = fingerprint(data)
     found = runs.find(
         method=method.removesuffix("_from_base"), model=base_name(resolve(model_name())), profile=profile(),
-        seed=seed, status="done",
+        seed=seed, status="done", **({"parent": start.id} if start else {}),
     )  # fmt: skip
     same = (run for run in found if jsonable(wanted) == {key: run.config.get(key) for key in wanted})
     return next((run for run in same if run.adapter.is_dir()), None)

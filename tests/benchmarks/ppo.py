@@ -1,9 +1,8 @@
-"""What a step of PPO costs on the practice model, phase by phase, and how well each critic learns.
+"""What a step of PPO costs on the practice model, phase by phase.
 
     python -m tests.benchmarks.ppo                            # on an idle machine
     OMP_NUM_THREADS=1 python -m tests.benchmarks.ppo --cpu-time   # on a busy one
     python -m tests.benchmarks.ppo --profile                  # the operations that take most time
-    python -m tests.benchmarks.ppo --critics --seeds 3        # trunk, adapter or none: accuracy after 60 steps
 
 A step is 64 rollouts of at most 64 tokens and 4 epochs on them, LoRA of rank 16, bfloat16 autocast.
 Rounds are interleaved, so that a noisy machine is noisy for all; seconds are the least of the rounds.
@@ -13,47 +12,37 @@ import argparse
 import tempfile
 import time
 from statistics import mean
-from typing import Any
 
-from rlnb.measure import evaluate
-from rlnb.train import ppo, recipes, methods as training
-from rlnb.model import load as models
-from rlnb.data import shapes as datasets
+from rlnb.data import shapes
+from rlnb.model import LoRA, load_model
 from rlnb.task import problems, rewards
+from rlnb.train import ppo
 
 import torch
 
 WAYS = {  # changes of the usual settings
-    "value head on the trunk": {},
-    "value adapter": {"value_model": "adapter"},
-    "no critic": {"value_model": "none"},
-    "no reference": {"reference": None, "kl_coef": 0.0},
+    "usual": {},
     "float32": {"bf16": False},
     "pieces of 32": {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 2},
     "pieces of 16": {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4},
     "pieces of 8": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8},
     "4 mini-batches": {"num_mini_batches": 4},
 }
-CRITICS = {
-    "trunk": {"value_model": "trunk"},
-    "adapter": {"value_model": "adapter"},
-    "none": {"value_model": "none", "lam": 1.0},
-}
 PHASES = ("step_time/rollout", "step_time/measure", "step_time/update", "step_time")
 
 
-def trainer(lora: Any, steps: int, seed: int = 0, **settings: Any) -> ppo.PPOTrainer:
+def trainer(steps: int, **settings: object) -> ppo.PPOTrainer:
     usual = {
         "per_device_train_batch_size": 64, "max_completion_length": 64, "learning_rate": 1e-3,
         "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": True,
         "disable_tqdm": True, "lr_scheduler_type": "linear", "warmup_steps": min(5, steps // 4),
     }  # fmt: skip
-    model, tokenizer = models.load_model("abacus-3m", lora=lora, seed=seed)
+    model, tokenizer = load_model("abacus-3m", lora=LoRA(rank=16))
     return ppo.PPOTrainer(
         model,
-        ppo.PPOConfig(tempfile.mkdtemp(), max_steps=steps, seed=seed, **usual | settings),
+        ppo.PPOConfig(tempfile.mkdtemp(), max_steps=steps, **usual | settings),
         [rewards.correctness, rewards.format_reward],
-        datasets.prompts(problems.load("train")),
+        shapes.prompts(problems.load("train")),
         tokenizer,
     )
 
@@ -63,7 +52,7 @@ def cost(rounds: int, chosen: dict[str, dict]) -> None:
     seconds = {way: [] for way in chosen}
     for _ in range(rounds):
         for way, settings in chosen.items():
-            run = trainer(models.LoRA(rank=16), 3, **settings)
+            run = trainer(3, **settings)
             run.train()
             rows = [row for row in run.state.log_history if "loss" in row][1:]
             seconds[way] += [[row[phase] for phase in PHASES] for row in rows]
@@ -79,11 +68,12 @@ def cost(rounds: int, chosen: dict[str, dict]) -> None:
 
 
 def profile() -> None:
-    run = trainer(models.LoRA(rank=16), 3)
+    run = trainer(3)
     run.train()
     rows = [run.train_dataset[i] for i in range(64)]
     batch = run._roll_out(rows)
-    pieces = list(batch.lengths.argsort().split(run.micro_batch_size))
+    run._score(batch, rows)
+    pieces = list(batch.length_B.argsort().split(run.micro_batch_size))
     with torch.profiler.profile() as found:
         run._measure(batch, pieces)
         run._estimate_advantages(batch)
@@ -95,42 +85,17 @@ def profile() -> None:
     )
 
 
-def critics(seeds: int, steps: int) -> None:
-    """Strict greedy accuracy on held-out problems after PPO from the usual SFT adapter."""
-    recipe = recipes.recipe("grpo")
-    for seed in range(seeds):
-        start = training.find_or_train_sft(seed).adapter
-        for critic, settings in CRITICS.items():
-            run = trainer(start, steps, seed, **settings)
-            before = time.perf_counter()
-            run.train()
-            taken = time.perf_counter() - before
-            report = evaluate.accuracy(
-                run.model, run.processing_class, training.held_out(recipe), progress=False
-            )
-            rows = [row for row in run.state.log_history if "loss" in row]
-            last = {name: mean(row.get(name, 0.0) for row in rows[-10:])
-                    for name in ("reward", "kl/sequence", "value/explained_variance")}  # fmt: skip
-            print(f"seed {seed} {critic:8} strict {report.strict}  {taken:6.1f} s  "
-                  + "  ".join(f"{name} {x:.3f}" for name, x in last.items()), flush=True)  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--only", nargs="*", help="some of the ways, by their names")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, not wall seconds")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--critics", action="store_true")
     options = parser.parse_args()
     if options.cpu_time:
         ppo.trainer.time.perf_counter = time.process_time
     if options.profile:
         profile()
-    elif options.critics:
-        critics(options.seeds, options.steps)
     else:
         cost(
             options.rounds, {w: s for w, s in WAYS.items() if not options.only or w in options.only}

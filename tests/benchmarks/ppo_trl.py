@@ -18,7 +18,7 @@ the adapter off. Its own mixed precision is set through accelerate's environment
 transformers 5 bf16=True does not reach its Accelerator.
 
 What is not: TRL requires a value model, a second whole network, and trains all of it; ours is a head
-on the policy (--value adapter: an adapter of its own). TRL pads all prompts to the longest, we sort
+on the policy. TRL pads all prompts to the longest, we sort
 by length. TRL takes the old log-probabilities from generation, we compute them again, with values
 and entropies. TRL's loop computes the metrics that it logs, we compute ours.
 """
@@ -42,8 +42,8 @@ from typing import Any
 from rlnb import files
 from rlnb.tools import setup as bootstrap, grid
 from rlnb import machine
-from rlnb.model import memory, load as models
-from rlnb.data import shapes as datasets
+from rlnb.data import shapes
+from rlnb.model import LoRA, load_model, memory, reward_model
 from rlnb.task import problems
 
 ROOT = Path(__file__).parents[2]
@@ -70,9 +70,7 @@ def settings(options: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 def make_reward_adapter(folder: Path) -> None:
     """A reward adapter of random weights: what it says does not matter here, what it costs does."""
-    from rlnb.model import reward_model as reward_models
-
-    model, _ = reward_models.load(MODEL, models.LoRA(rank=16))
+    model, _ = reward_model.load(MODEL, LoRA(rank=16))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.02)
@@ -83,14 +81,13 @@ def ours(options: argparse.Namespace, folder: str, clock: Any) -> tuple[Any, Any
     """The trainer, and a function that says how many tokens a step drew."""
     from rlnb.train import ppo
 
-    model, tokenizer = models.load_model(MODEL, models.LoRA(rank=16))
+    model, tokenizer = load_model(MODEL, LoRA(rank=16))
     tokenizer.eos_token = model.generation_config.eos_token_id = None
     args = ppo.PPOConfig(
         **settings(options, folder), max_completion_length=TOKENS, max_steps=options.steps,
-        value_model=options.value,
     )  # fmt: skip
     trainer = ppo.PPOTrainer(
-        model, args, options.reward, datasets.prompts(problems.load("train")[:EPISODES]), tokenizer,
+        model, args, options.reward, shapes.prompts(problems.load("train")[:EPISODES]), tokenizer,
         callbacks=[clock],
     )  # fmt: skip
 
@@ -103,7 +100,6 @@ def ours(options: argparse.Namespace, folder: str, clock: Any) -> tuple[Any, Any
 
 def theirs(options: argparse.Namespace, folder: str, clock: Any) -> tuple[Any, Any]:
     """The same of TRL 1.12."""
-    from rlnb.model import reward_model as reward_models
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     sizes, generate = [], ppo_trainer.batch_generation
@@ -114,13 +110,13 @@ def theirs(options: argparse.Namespace, folder: str, clock: Any) -> tuple[Any, A
         return found
 
     ppo_trainer.batch_generation = counted
-    model, tokenizer = models.load_model(MODEL, models.LoRA(rank=16))
-    reward, value = (reward_models.load(MODEL, options.reward)[0].merge_and_unload() for _ in "rv")
+    model, tokenizer = load_model(MODEL, LoRA(rank=16))
+    reward, value = (reward_model.load(MODEL, options.reward)[0].merge_and_unload() for _ in "rv")
     args = PPOConfig(
         **settings(options, folder), response_length=TOKENS, total_episodes=options.steps * EPISODES,
         num_sample_generations=0,
     )  # fmt: skip
-    rows = datasets.prompts(problems.load("train")[:EPISODES])
+    rows = shapes.prompts(problems.load("train")[:EPISODES])
     rows = rows.map(
         lambda row: tokenizer.apply_chat_template(
             row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True
@@ -139,10 +135,8 @@ def theirs(options: argparse.Namespace, folder: str, clock: Any) -> tuple[Any, A
 def warm_up() -> None:
     """The first step of all imports half of torch, and the first model half of transformers."""
     import torch
-    from rlnb.model import reward_model as reward_models
-
-    reward_models.load(MODEL, models.LoRA(rank=1))
-    model, _ = models.load_model(MODEL, models.LoRA(rank=1))
+    reward_model.load(MODEL, LoRA(rank=1))
+    model, _ = load_model(MODEL, LoRA(rank=1))
     model(input_ids=torch.ones(1, 2, dtype=torch.long)).logits.sum().backward()
     torch.optim.AdamW(model.parameters()).step()
 
@@ -155,7 +149,6 @@ MAKES = {"ours": (ours, "rlnb.train.ppo"), "TRL": (theirs, "trl.experimental.ppo
 
 def child(options: argparse.Namespace) -> None:
     """Trains, and prints what was measured as JSON."""
-    models.backend()
     import torch
     from transformers import TrainerCallback
 
@@ -250,7 +243,6 @@ def main() -> None:
         "--at-once", type=int, default=EPISODES, help="sequences in one forward pass"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--value", choices=("trunk", "adapter"), default="trunk", help="our critic")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, for a busy machine")
     parser.add_argument("--no-write", action="store_true", help="leave the table as it is")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -265,7 +257,7 @@ def main() -> None:
         make_reward_adapter(Path(folder) / "judge")
         arguments = ["--reward", str(Path(folder) / "judge")]
         arguments += ["--cpu-time"] * options.cpu_time
-        for name in ("steps", "at_once", "dtype", "value"):
+        for name in ("steps", "at_once", "dtype"):
             arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
         for turn in range(options.rounds):
             for which, python in pythons.items():

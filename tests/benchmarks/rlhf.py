@@ -14,43 +14,41 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any
 
-from rlnb.tools import compare
+from rlnb.model import load_model, save_adapter  # isort: skip
+from transformers import TrainerCallback
+
 from rlnb.measure import evaluate
-from rlnb.train import recipes, methods as training
-from rlnb.model import load as models
-from tests.benchmarks.over_seeds import RESULTS, carry_out, figure
+from rlnb.profiles import model_name
+from rlnb.tools import compare
+from rlnb.train import methods
+from tests.benchmarks.over_seeds import RESULTS, figure, rows_over_seeds
 
 OUT = RESULTS / "rlhf.csv"
-ARMS = {"PPO": training.ppo, "RLOO": training.rloo}
+METHODS = {"PPO": "ppo", "RLOO": "rloo"}
 EVERY = 10  # steps between two points
 
 
-def run_rows(arm: str, seed: int) -> list[dict]:
+def run_rows(method: str, seed: int) -> list[dict]:
     """One row per point, from the start on."""
-    models.backend()
-    from transformers import TrainerCallback
-
-    start = training.find_or_train_sft(seed)
+    start = methods.find_or_train_sft(seed)
     adapters = {0: start.adapter}
 
-    class Keep(TrainerCallback):
+    class Save(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             if state.global_step % EVERY == 0:
-                folder = start.folder / f"{arm}-{state.global_step}"
-                adapters[state.global_step] = models.save_adapter(rest["model"], folder)
+                folder = start.folder / f"{method}-{state.global_step}"
+                adapters[state.global_step] = save_adapter(rest["model"], folder)
 
-    ARMS[arm](seed, start=start, callbacks=[Keep()])
-    return [point(arm, seed, step, folder, start) for step, folder in adapters.items()]
+    methods.train(METHODS[method], seed, start=start, callbacks=[Save()])
+    return [point(method, seed, step, folder, start) for step, folder in adapters.items()]
 
 
-def point(arm: str, seed: int, step: int, adapter: Any, start: Any) -> dict:
+def point(method: str, seed: int, step: int, adapter: Any, start: Any) -> dict:
     """Accuracy of one adapter on the held-out problems, and how far it is from the start."""
-    recipe = recipes.recipe("ppo")
-    model, tokenizer = models.load_model(recipes.model_name(), lora=adapter)
-    held_out = training.held_out(recipe)
-    asked = dict(system=recipes.system(), max_new_tokens=recipe.max_new_tokens, progress=False)
-    strict = evaluate.accuracy(model, tokenizer, held_out, **asked).strict
-    found = {"arm": arm, "seed": seed, "step": step, "strict": strict.k, "n": strict.n}
+    model, tokenizer = load_model(model_name(), lora=adapter)
+    held_out = evaluate.held_out()
+    strict = evaluate.accuracy(model, tokenizer, held_out, progress=False).strict
+    found = {"method": method, "seed": seed, "step": step, "strict": strict.k, "n": strict.n}
     if step == 0:
         return found | {"kl": 0.0, "kl_error": 0.0}
     moved = compare.moved_from(start, model, tokenizer, held_out, seed)
@@ -71,15 +69,15 @@ def tables(rows: list[dict]) -> str:
     """The difference at matched KL, and accuracy along the way."""
     runs: dict[str, dict[int, list[dict]]] = {}
     for row in rows:
-        runs.setdefault(row["arm"], {}).setdefault(row["seed"], []).append(row)
+        runs.setdefault(row["method"], {}).setdefault(row["seed"], []).append(row)
     seeds = sorted(set.intersection(*(set(of) for of in runs.values())))
     common = {seed: min(max(p["kl"] for p in of[seed]) for of in runs.values()) for seed in seeds}
-    matched = {arm: [at_kl(of[s], common[s]) for s in seeds] for arm, of in runs.items()}
+    matched = {method: [at_kl(of[s], common[s]) for s in seeds] for method, of in runs.items()}
     lines = []
     if len(matched) == 2:
         (one, a), (other, b) = matched.items()
-        apart = figure([x - y for x, y in zip(a, b, strict=True)], "{:+.1f}", " points")
-        lines = [f"At matched KL (mean {mean(common.values()):.2f} nats): {one} less {other} {apart}.", ""]
+        gap = figure([x - y for x, y in zip(a, b, strict=True)], "{:+.1f}", " points")
+        lines = [f"At matched KL (mean {mean(common.values()):.2f} nats): {one} less {other} {gap}.", ""]
     return "\n".join([*lines, along_the_way(runs)])
 
 
@@ -88,12 +86,12 @@ def along_the_way(runs: dict[str, dict[int, list[dict]]]) -> str:
     steps = [row["step"] for row in next(iter(next(iter(runs.values())).values()))]
     lines = ["| strict after steps | " + " | ".join(map(str, steps)) + " |",
              "|---" * (len(steps) + 1) + "|"]  # fmt: skip
-    for arm, of in runs.items():
+    for method, of in runs.items():
         shares = [mean(100 * points[i]["strict"] / points[i]["n"] for points in of.values())
                   for i in range(len(steps))]  # fmt: skip
-        lines.append(f"| {arm} | " + " | ".join(f"{x:.1f} %" for x in shares) + " |")
+        lines.append(f"| {method} | " + " | ".join(f"{x:.1f} %" for x in shares) + " |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(tables(carry_out(__doc__, OUT, list(ARMS), run_rows)))
+    print(tables(rows_over_seeds(__doc__, OUT, list(METHODS), run_rows)))

@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT / "html" / "browser"
 NOTEBOOK = "02_sft"
 CELLS = (  # behind the notebook's own, the last of which is its panel
-    "from rlnb.train import methods\nrows = methods.responses(SEED)",
-    'widgets.label(rows, annotator="anna", path="labels")',
+    "from rlnb.train import responses\nrows = responses(SEED)",
+    'from rlnb.show.labelling import label\nlabel(rows, annotator="anna", path="labels")',
     "6 * 7",
 )
 SLOW = 240_000  # milliseconds for a notebook to run on two busy cores
@@ -144,12 +144,13 @@ def test_a_notebook_runs_from_top_to_bottom(page):
 def test_the_panel_shows_its_knobs_and_the_runs_of_this_notebook(page):
     panel = page.locator(".jp-OutputArea", has=page.locator(".widget-gridbox"))
     panel.scroll_into_view_if_needed()
-    for name in ("rank", "max_lora_rank", "learning rate", "steps", "batch", "demonstrations", "seed"):
+    for name in ("rank", "alpha", "max_lora_rank", "learning rate", "max steps", "batch size", "seed"):
         expect(page.locator(".widget-label", has_text=re.compile(f"^{name}$"))).to_be_visible()
-    expect(panel.locator("svg[role=img]").first).to_be_visible()
+    expect(panel.locator("img[alt^=loss]").first).to_be_visible()
     expect(page.locator(".jp-RenderedImage img").last).to_be_visible()  # the figure above it
     assert table_rows(page) == 2  # of the notebook's own cells
     status(page, re.compile(r"trains 299,008 parameters"))
+    status(page, re.compile(r"alpha / r = 32 / 16 = 2"))
     shot(page, "2_panel")
 
 
@@ -172,7 +173,7 @@ def test_moving_the_sliders_moves_the_forecast(page):
     shot(page, "3_sliders_moved")
 
 
-def test_an_invalid_rank_says_so_beside_the_slider(page):
+def test_an_invalid_rank_says_so_and_cannot_run(page):
     handle, _ = slider(page, "rank")
     handle.focus()
     page.keyboard.press("End")
@@ -186,8 +187,7 @@ def test_an_invalid_rank_says_so_beside_the_slider(page):
 
 
 def test_a_run_draws_its_curve_and_lands_in_the_table(page):
-    move(page, "steps", "32")
-    time.sleep(1)
+    move(page, "max steps", "32")
     button(page, "Run").click()
     began = time.perf_counter()
     expect(page.locator(".jupyter-widgets progress")).to_be_visible()
@@ -197,13 +197,12 @@ def test_a_run_draws_its_curve_and_lands_in_the_table(page):
     expect(page.locator("text=/^Done in/")).to_be_visible(timeout=SLOW)
     assert re.search(r"Held out: [\d.]+ % \[", page.locator("text=/^Done in/").inner_text())
     assert table_rows(page) == 3
-    legend = page.locator(".jp-OutputArea", has=page.locator(".widget-gridbox"))
-    expect(legend.locator("text=/^steps 32/").first).to_be_visible()
+    expect(page.locator(".widget-gridbox").locator("text=/max steps 32/").first).to_be_visible()
     shot(page, "6_done")
 
 
 def test_stop_keeps_the_run_and_the_kernel_answers_meanwhile(page):
-    move(page, "steps", "512")
+    move(page, "max steps", "512")
     button(page, "Run").click()
     expect(page.locator(".jupyter-widgets progress")).to_be_visible()
     last = page.locator(".jp-CodeCell").last
@@ -220,9 +219,7 @@ def test_stop_keeps_the_run_and_the_kernel_answers_meanwhile(page):
     shot(page, "7_stopped")
 
 
-def test_the_table_is_sorted_and_a_run_is_deleted_after_asking(page):
-    button(page, "held out").click()
-    expect(button(page, "held out ▾")).to_be_visible()
+def test_a_run_is_hidden_and_deleted_after_asking(page):
     page.locator(".widget-gridbox input[type=checkbox]").first.uncheck()
     button(page, "Delete").last.click()
     expect(button(page, "Sure\\?")).to_be_visible()
@@ -233,7 +230,7 @@ def test_the_table_is_sorted_and_a_run_is_deleted_after_asking(page):
 
 def test_a_page_that_is_closed_loses_nothing(page):
     menu(page, "File", "Save Notebook")
-    move(page, "steps", "128")
+    move(page, "max steps", "128")
     button(page, "Run").click()
     expect(page.locator(".jupyter-widgets progress")).to_be_visible()
     page.reload()

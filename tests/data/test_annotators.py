@@ -1,4 +1,4 @@
-"""rlnb.data.annotators: each against its closed form, its rate, or the model behind it."""
+"""rlnb.data.annotators: each against its closed form or its rate."""
 
 import random
 from collections import Counter
@@ -6,21 +6,12 @@ from collections import Counter
 import pytest
 
 from rlnb.data import preferences
-from rlnb.data.annotators import AI, Clarity, Verifier, LengthBiased, Noisy
-from tests import tiny
+from rlnb.data.annotators import AI, Clarity, LengthBiased, Noisy, Verifier
 from tests.rows import ANSWER, LOOSE, QUESTION, RIGHT, WRONG, Fixed, row
 
 
 def judged(*responses, annotator=None, id="a"):
     return preferences.annotate([row(*responses, id=id)], annotator or Verifier())
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    from transformers import AutoModelForCausalLM
-
-    folder = tiny.make(tmp_path_factory.mktemp("model"))
-    return AutoModelForCausalLM.from_pretrained(folder), tiny.tokenizer()
 
 
 def test_the_verifier_ranks_by_what_is_strictly_right():
@@ -110,39 +101,20 @@ def test_an_annotator_that_cannot_work(make, says):
         make()
 
 
-def test_a_causal_model_scores_by_mean_log_probability(model):
-    import torch
+def test_a_model_judges_conversations_each_once():
+    seen = []
 
-    network, tokens = model
-    texts = [RIGHT, LOOSE, RIGHT, ""]
-    found = AI(network, tokens).scores(row(*texts))
-    for text, score in zip(texts, found, strict=True):
-        head = tokens(f"<|user|>{QUESTION}<|assistant|>")["input_ids"]
-        ids = tokens(f"<|user|>{QUESTION}<|assistant|>{text}<|end|>")["input_ids"]
-        with torch.no_grad():
-            logps = network(torch.tensor([ids])).logits[0].log_softmax(-1)
-        own = [logps[t - 1, ids[t]].item() for t in range(len(head), len(ids))]
-        assert score == pytest.approx(sum(own) / len(own), abs=1e-4)
-    assert found[0] == found[2]
-    assert AI(network, tokens).score(QUESTION, 0, RIGHT) == pytest.approx(found[0], abs=1e-4)
+    def score(conversations):
+        seen.extend(conversations)
+        return [float(len(messages[-1]["content"])) for messages in conversations]
 
-
-def test_a_reward_model_scores_by_its_head(model, tmp_path):
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    network, tokens = model
-    network.save_pretrained(tmp_path)
-    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
-    found = preferences.annotate([row(RIGHT, LOOSE, WRONG)], AI(judge, tokens, name="rm"))[0]
-    for text, score in zip(found["responses"], found["scores"], strict=True):
-        ids = tokens(f"<|user|>{QUESTION}<|assistant|>{text}<|end|>", return_tensors="pt")
-        with torch.no_grad():
-            assert score == pytest.approx(judge(**ids).logits.item(), abs=1e-4)
-    assert found["ranks"].index(1) == found["scores"].index(max(found["scores"]))
-    two = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
-    with pytest.raises(ValueError, match="a reward model has 1 output, and this one 2"):
-        preferences.annotate([row(RIGHT, LOOSE)], AI(two, tokens))
+    asked = row("long answer", "short", "long answer")
+    (found,) = preferences.annotate([asked], AI(score))
+    assert found["annotator"] == "ai" and found["scores"] == [11, 5, 11] and found["ranks"] == [1, 2, 1]
+    assert seen == [[*asked["prompt"], {"role": "assistant", "content": text}]
+                    for text in ("long answer", "short")]  # fmt: skip
+    biased = LengthBiased(weight=10, of=AI(score, name="rm"))
+    assert judged("a", "bb", annotator=biased)[0]["scores"] == [2, 4]
 
 
 def test_an_annotator_of_ones_own_needs_a_score_only():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rlnb.data import shapes as datasets
+from rlnb.data import shapes
 from rlnb.task import problems
 from tests import tiny
 
@@ -23,7 +23,7 @@ def some():
 
 
 def test_the_shapes_are_trls(some):
-    sft, rl = datasets.prompt_completion(some), datasets.prompts(some)
+    sft, rl = shapes.prompt_completion(some), shapes.prompts(some)
     assert sft.column_names == ["prompt", "completion"]
     assert rl.column_names == ["prompt", "id", "kind", "question", "answer"]
     assert sft[5]["prompt"] == [{"role": "user", "content": some[5].question}]
@@ -32,18 +32,10 @@ def test_the_shapes_are_trls(some):
     assert rl["id"][:] == [problem.id for problem in some]
 
 
-def test_a_system_message_comes_first(some):
-    for shape in (datasets.prompt_completion, datasets.prompts):
-        prompt = shape(some, "Be brief.")[0]["prompt"]
-        assert [message["role"] for message in prompt] == ["system", "user"]
-        assert prompt[0]["content"] == "Be brief."
-
-
-def test_the_module_of_the_same_name_is_the_library(some):
-    import datasets as library
-
-    assert library is not datasets
-    assert isinstance(datasets.prompts(some), library.Dataset)
+def test_the_problems_prompt_decides_on_a_system_message(some, monkeypatch):
+    monkeypatch.setenv("RLNB_MODEL", "some/model")
+    for shape in (shapes.prompt_completion, shapes.prompts):
+        assert shape(some)[0]["prompt"] == problems.prompt(some[0], problems.SYSTEM)
 
 
 def test_the_import_is_light():
@@ -56,26 +48,25 @@ def test_the_import_is_light():
 
 
 def test_subsets_are_nested_and_follow_the_seed(some):
-    assert datasets.subset(some, 4, seed=1) == datasets.subset(some, 4, seed=1)
-    assert datasets.subset(some, 9, seed=1)[:4] == datasets.subset(some, 4, seed=1)
-    assert datasets.subset(some, 9, seed=1) != datasets.subset(some, 9, seed=2)
-    whole = datasets.subset(some, 12, seed=1)
+    assert shapes.subset(some, 4, seed=1) == shapes.subset(some, 4, seed=1)
+    assert shapes.subset(some, 9, seed=1)[:4] == shapes.subset(some, 4, seed=1)
+    assert shapes.subset(some, 9, seed=1) != shapes.subset(some, 9, seed=2)
+    whole = shapes.subset(some, 12, seed=1)
     assert sorted(p.id for p in whole) == sorted(p.id for p in some)
 
 
 @pytest.mark.parametrize("n", [0, -1, 13])
 def test_a_subset_of_an_impossible_size(some, n):
     with pytest.raises(ValueError, match=f"n={n} problems are asked for: 1 to 12"):
-        datasets.subset(some, n, seed=0)
+        shapes.subset(some, n, seed=0)
 
 
 @pytest.mark.parametrize(
     "prompt", [[USER], [SYSTEM, USER], [USER, ANSWER, USER], [SYSTEM, USER, ANSWER, USER]]
 )
 def test_good_rows_pass(prompt):
-    rows = [GOOD, {"prompt": prompt, "completion": [ANSWER], "more": 1}]
-    assert datasets.validate(rows, "prompt-completion") == 2
-    assert datasets.validate(iter(rows), "prompts") == 2
+    for shape in ("prompt-completion", "prompts"):
+        shapes.check_row({"prompt": prompt, "completion": [ANSWER], "more": 1}, shape, "row 0")
 
 
 @pytest.mark.parametrize(
@@ -99,20 +90,18 @@ def test_good_rows_pass(prompt):
 )
 def test_a_bad_row_is_named(row, says):
     with pytest.raises(ValueError, match=r"^row 1\b.*" + re.escape(says)):
-        datasets.validate([GOOD, row], "prompt-completion")
+        shapes.check_row(row, "prompt-completion", "row 1")
 
 
 def test_a_long_value_is_cut():
     with pytest.raises(ValueError) as error:
-        datasets.validate([{"prompt": "x" * 10_000}], "prompts")
+        shapes.check_row({"prompt": "x" * 10_000}, "prompts", "row 0")
     assert len(str(error.value)) < 200
 
 
-def test_an_empty_data_set_and_an_unknown_shape():
+def test_an_empty_data_set():
     with pytest.raises(ValueError, match="needs a row, and there is none"):
-        datasets.prompts([])
-    with pytest.raises(ValueError, match="no shape 'pairs'; there are prompt-completion, prompts"):
-        datasets.validate([GOOD], "pairs")
+        shapes.prompts([])
 
 
 PAIR = {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER | {"content": "6"}]}
@@ -128,11 +117,11 @@ def lines(path, rows):
 
 
 def test_pairs_and_labels_from_texts():
-    pairs = datasets.preference(
+    pairs = shapes.preference(
         [{"prompt": [USER], "chosen": "5", "rejected": "6", "id": "a"}, PAIR | {"id": "b"}]
     )
     assert pairs[0] == pairs[1] | {"id": "a"} == PAIR | {"id": "a"}
-    labels = datasets.unpaired(
+    labels = shapes.unpaired(
         [{"prompt": "How many?", "completion": "5", "label": x} for x in (True, False)]
     )
     assert labels[:]["label"] == [True, False]
@@ -143,7 +132,7 @@ def test_trl_renders_them_as_it_does_its_own():
     from trl.data_utils import is_conversational, maybe_apply_chat_template
 
     tokens = tiny.tokenizer()
-    pairs, labels = datasets.preference([PAIR]), datasets.unpaired(LABELLED)
+    pairs, labels = shapes.preference([PAIR]), shapes.unpaired(LABELLED)
     assert is_conversational(pairs[0]) and is_conversational(labels[0])
     head = "<|user|>How many?<|assistant|>"
     assert maybe_apply_chat_template(pairs[0], tokens) == {
@@ -176,10 +165,10 @@ def test_trl_renders_them_as_it_does_its_own():
 )
 def test_a_bad_pair_is_named(row, says, tmp_path):
     with pytest.raises(ValueError, match=r"^row 1\b.*" + re.escape(says)):
-        datasets.validate([PAIR, row], "preference")
+        shapes.preference([PAIR, row])
     path = lines(tmp_path / "pairs.jsonl", [PAIR, row])
     with pytest.raises(ValueError, match=r"^pairs\.jsonl, line 2\b.*" + re.escape(says)):
-        datasets.read(path, "preference")
+        shapes.read(path, "preference")
 
 
 @pytest.mark.parametrize("label", [1, 0, "true", None, "yes", [True]])
@@ -187,17 +176,18 @@ def test_a_label_must_be_a_boolean(label):
     with pytest.raises(
         ValueError, match=re.escape(f"row 2, label: {label!r} is not true or false")
     ):
-        datasets.validate([*LABELLED, GOOD | {"label": label}], "unpaired")
+        shapes.unpaired([*LABELLED, GOOD | {"label": label}])
 
 
 @pytest.mark.parametrize("label", [True, False])
 def test_one_class_is_not_enough_for_kto(label, tmp_path):
     rows = [GOOD | {"label": label}] * 3
     with pytest.raises(ValueError, match=f"^label is {label} in all 3 rows: KTO .* needs both"):
-        datasets.unpaired(rows)
+        shapes.unpaired(rows)
     with pytest.raises(ValueError, match=f"^k.jsonl: label is {label} in all 3 rows"):
-        datasets.read(lines(tmp_path / "k.jsonl", rows), "unpaired")
-    assert datasets.validate(rows, "prompt-completion") == 3  # there, label is any other column
+        shapes.read(lines(tmp_path / "k.jsonl", rows), "unpaired")
+    data = shapes.read(lines(tmp_path / "k.jsonl", rows), "prompt-completion")
+    assert len(data) == 3  # there, label is any other column
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -206,20 +196,20 @@ def test_one_class_is_not_enough_for_kto(label, tmp_path):
 @pytest.mark.parametrize("shape", ["preference", "unpaired", "prompt-completion", "prompts"])
 def test_what_was_written_is_read(shape, tmp_path):
     rows = LABELLED if shape == "unpaired" else [PAIR | GOOD | {"n": 1}, PAIR | GOOD | {"n": None}]
-    built = datasets.read(lines(tmp_path / "x.jsonl", rows), shape)
+    built = shapes.read(lines(tmp_path / "x.jsonl", rows), shape)
     assert built.to_list() == rows
     built.to_parquet(tmp_path / "x.parquet")
-    assert datasets.read(str(tmp_path / "x.parquet"), shape).to_list() == rows
+    assert shapes.read(str(tmp_path / "x.parquet"), shape).to_list() == rows
     folder = tmp_path / "owner" / "name"  # as the hub holds one, read by the same function
     folder.mkdir(parents=True)
     lines(folder / "train.jsonl", rows)
-    assert datasets.read(folder, shape, cache_dir=str(tmp_path / "cache")).to_list() == rows
+    assert shapes.read(folder, shape, cache_dir=str(tmp_path / "cache")).to_list() == rows
 
 
 def test_columns_of_later_rows_are_kept_and_empty_lines_are_none(tmp_path):
     path = lines(tmp_path / "x.jsonl", [PAIR, PAIR | {"source": "me"}])
     path.write_text("\n" + path.read_text() + "\n \n")
-    assert datasets.read(path, "preference")["source"][:] == [None, "me"]
+    assert shapes.read(path, "preference")["source"][:] == [None, "me"]
 
 
 def test_an_implicit_prompt_becomes_trls_explicit_one(tmp_path):
@@ -232,7 +222,7 @@ def test_an_implicit_prompt_becomes_trls_explicit_one(tmp_path):
         # some data sets on the hub repeat the prompt as a string
         {"prompt": "How many?", "chosen": [USER, ANSWER], "rejected": [USER, PAIR["rejected"][0]]},
     ]
-    found = datasets.read(lines(tmp_path / "x.jsonl", rows), "preference").to_list()
+    found = shapes.read(lines(tmp_path / "x.jsonl", rows), "preference").to_list()
     assert found == [maybe_extract_prompt(row) for row in rows]
     assert found[0]["prompt"] == talk and found[2] == PAIR
 
@@ -241,13 +231,13 @@ def test_strings_become_messages_and_an_unclear_prompt_is_refused(tmp_path):
     text = {"prompt": "How many?", "chosen": "5", "rejected": "6"}
     mixed = text | {"chosen": [ANSWER], "rejected": [ANSWER | {"content": "6"}]}
     path = lines(tmp_path / "x.jsonl", [text, mixed])
-    assert datasets.read(path, "preference").to_list() == [PAIR, PAIR]
+    assert shapes.read(path, "preference").to_list() == [PAIR, PAIR]
     lines(path, [{"chosen": "Human: How many? 5", "rejected": "Human: How many? 6"}])
     with pytest.raises(ValueError, match="line 1: no column 'prompt'"):
-        datasets.read(path, "preference")
+        shapes.read(path, "preference")
     lines(path, [{"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}])
     with pytest.raises(ValueError, match="line 1: chosen and rejected are both '5'"):
-        datasets.read(path, "preference")
+        shapes.read(path, "preference")
 
 
 @pytest.mark.parametrize(
@@ -264,59 +254,33 @@ def test_strings_become_messages_and_an_unclear_prompt_is_refused(tmp_path):
 def test_a_broken_file_is_named(content, says, tmp_path):
     (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match="^" + re.escape(says)):
-        datasets.read(tmp_path / "x.jsonl", "prompts")
+        shapes.read(tmp_path / "x.jsonl", "prompts")
 
 
 def test_columns_that_mix_types_are_named(tmp_path):
     path = lines(tmp_path / "x.jsonl", [PAIR | {"extra": 1}, PAIR | {"extra": {"a": 1}}])
     with pytest.raises(ValueError, match=r"^x.jsonl: the rows do not fit into columns"):
-        datasets.read(path, "preference")
+        shapes.read(path, "preference")
     (tmp_path / "x.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(ValueError, match=r"^x.parquet: "):
-        datasets.read(tmp_path / "x.parquet", "preference")
+        shapes.read(tmp_path / "x.parquet", "preference")
 
 
 def test_what_is_no_source(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*nothing.jsonl"):
-        datasets.read(tmp_path / "nothing.jsonl", "prompts")
+        shapes.read(tmp_path / "nothing.jsonl", "prompts")
     with pytest.raises(FileNotFoundError, match="a data set on the hub is 'owner/name'"):
-        datasets.read("data/pairs.jsonl", "prompts")  # a file's name is no data set's
+        shapes.read("data/pairs.jsonl", "prompts")  # a file's name is no data set's
     (tmp_path / "x.csv").write_text("prompt\nHow many?\n")
     with pytest.raises(ValueError, match=r"x.csv: a data set is a .jsonl or .parquet file"):
-        datasets.read(tmp_path / "x.csv", "prompts")
-    with pytest.raises(ValueError, match="no shape 'pairs'"):
-        datasets.read(tmp_path / "x.csv", "pairs")
+        shapes.read(tmp_path / "x.csv", "prompts")
+    with pytest.raises(ValueError, match="no shape 'pairs'; there are prompt-completion, prompts"):
+        shapes.read(tmp_path / "x.csv", "pairs")
     with pytest.raises(ConnectionError, match="nobody-here/nothing"):  # tests are offline
-        datasets.read("nobody-here/nothing", "prompts")
-
-
-# --- lengths -------------------------------------------------------------------------------------
-
-
-def test_long_rows_are_counted_and_all_stay(capsys):
-    tokens = tiny.tokenizer()
-    pairs = datasets.preference([PAIR, PAIR | {"rejected": [ANSWER | {"content": "7" * 40}]}])
-    text = "<|user|>How many?<|assistant|>" + "7" * 40 + "<|end|>"
-    longest = len(tokens(text)["input_ids"])
-    assert datasets.check_lengths(pairs, tokens, longest) == 0
-    assert datasets.check_lengths(pairs, tokens, longest - 1) == 1
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"0 of 2 rows have more than {longest} tokens; the longest has {longest}."
-    assert said[1].startswith(f"1 of 2 rows have more than {longest - 1} tokens (rows 1); the")
-    assert len(pairs) == 2
-
-
-def test_lengths_of_every_shape():
-    tokens = tiny.tokenizer()
-    head = len(tokens("<|user|>How many?<|assistant|>")["input_ids"])
-    assert datasets.check_lengths([{"prompt": [USER]}], tokens, head) == 0
-    assert datasets.check_lengths([{"prompt": [USER]}], tokens, head - 1) == 1
-    for row in (GOOD, LABELLED[0], PAIR):  # "5" and the end make two tokens more
-        assert datasets.check_lengths([row] * 9, tokens, head + 2) == 0
-        assert datasets.check_lengths([row] * 9, tokens, head + 1) == 9
+        shapes.read("nobody-here/nothing", "prompts")
 
 
 def test_subsets_of_a_data_set(some):
-    whole = datasets.prompts(some)
-    few, more = datasets.subset(whole, 3, seed=2), datasets.subset(whole, 7, seed=2)
-    assert few["id"][:] == more["id"][:3] == [p.id for p in datasets.subset(some, 3, seed=2)]
+    whole = shapes.prompts(some)
+    few, more = shapes.subset(whole, 3, seed=2), shapes.subset(whole, 7, seed=2)
+    assert few["id"][:] == more["id"][:3] == [p.id for p in shapes.subset(some, 3, seed=2)]

@@ -1,4 +1,4 @@
-"""rlnb.model.adapters and rlnb.model.folders on a random tiny model: saving, switching, combining, merging."""
+"""rlnb.model.adapters and folders on a random tiny model: saving, switching, combining, merging."""
 
 import json
 import os
@@ -8,20 +8,19 @@ import sys
 
 import pytest
 import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlnb.model import adapters, folders, load as models
-from rlnb.model.load import ATTENTION, LoRA, load_model, save_adapter
+from rlnb.model import LoRA, adapters, backend, folders, load_model, sampling, save_adapter
+from rlnb.model.lora import ATTENTION
 
 SHAPES = {  # adapters that differ in all that PEFT scales and places them by
     "sft": LoRA(rank=8, alpha=8),
     "dpo": LoRA(rank=2, alpha=8, targets=ATTENTION),
     "grpo": LoRA(rank=4, alpha=2, use_rslora=True),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unsloth_first():
-    models.backend()
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +30,6 @@ def base(tmp_path_factory):
 
 def make(base, lora, seed=0, **options):
     """A model whose adapter changes the outputs."""
-    import torch
-
     model, tokenizer = load_model(base, lora, seed=seed, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -62,8 +59,6 @@ def model(base, saved):
 
 
 def logits(model):
-    import torch
-
     ids = torch.arange(4, 24).reshape(2, 10)
     modes = [(module, module.training) for module in model.modules()]
     with torch.no_grad():
@@ -128,7 +123,7 @@ def test_an_interrupted_save_leaves_the_old_adapter_whole(base, saved, tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "_tidy", interrupted)
+        patch.setattr(folders, "_normalise", interrupted)
         with pytest.raises(KeyboardInterrupt):
             save_adapter(other, folder)
     with pytest.raises(FileNotFoundError):
@@ -136,7 +131,7 @@ def test_an_interrupted_save_leaves_the_old_adapter_whole(base, saved, tmp_path,
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == old
     assert [file.name for file in tmp_path.iterdir()] == ["sft"]
     save_adapter(other, folder)
-    assert folders.saved_rank(folders.read_saved(folder)[1]) == 2
+    assert folders.read_saved(folder)[1]["r"] == 2
     assert [file.name for file in tmp_path.iterdir()] == ["sft"]
 
 
@@ -184,11 +179,6 @@ save_file(found, out)
 
 def test_stock_peft_in_a_fresh_process_gives_the_same(base, model, saved, tmp_path):
     """No rlnb and no Unsloth there: the same logits and the same greedy text."""
-    from safetensors.torch import load_file
-    from transformers import AutoTokenizer
-
-    from rlnb.model import sampling
-
     adapters.combine(model, "mix", {"default": 0.5, "grpo": 0.5})
     saved = saved | {"mix": save_adapter(model, tmp_path / "mix", "mix")}
     out = tmp_path / "out.safetensors"
@@ -210,8 +200,6 @@ def test_stock_peft_in_a_fresh_process_gives_the_same(base, model, saved, tmp_pa
 
 
 def test_each_adapter_gives_what_it_gives_alone(base, saved, model):
-    import torch
-
     alone = {name: logits(load_model(base, folder)[0]) for name, folder in saved.items()}
     plain = logits(load_model(base)[0])
     model.train()
@@ -220,7 +208,7 @@ def test_each_adapter_gives_what_it_gives_alone(base, saved, model):
         with adapters.using(model, name) as inside:
             assert inside is model
             assert torch.equal(logits(model), alone["sft" if name == "default" else name])
-            assert not any(p.requires_grad for p in model.parameters())
+            assert state(model)[1] == before[1]  # what trains trains inside too
             with adapters.off(model):
                 assert torch.equal(logits(model), plain)
                 with adapters.using(model, "grpo"):
@@ -239,9 +227,41 @@ def test_an_error_inside_changes_nothing(model):
         check_unchanged(model, before)
 
 
-def test_what_trained_goes_on_training(model):
-    import torch
+def test_what_peft_left_in_use_is_in_use_again(base):
+    """Two at once, adapters that are off, and a layer that is trained as a copy."""
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.base_model.set_adapter(["default", "second"])
+    before, both, head = state(model), logits(model), model.base_model.model.lm_head
+    with adapters.using(model, "second"):
+        assert head.active_adapters == ["second"]
+        assert not torch.allclose(logits(model), both, atol=1e-3)
+    check_unchanged(model, before)
+    with model.disable_adapter():
+        off = logits(model)
+        with adapters.using(model, "default"):
+            assert not torch.allclose(logits(model), off, atol=1e-3)
+        assert torch.equal(logits(model), off)
+    assert torch.equal(logits(model), both)
 
+
+def test_a_switch_lets_gradients_through(model):
+    """A second adapter that trains, as PPO's value: its gradient is that of the adapter in use alone."""
+    ids, grads = torch.arange(4, 24).reshape(2, 10), {}
+    trained = {n: p for n, p in model.named_parameters() if ".dpo." in n}
+    for parameter in trained.values():
+        parameter.requires_grad = True
+    with adapters.using(model, "dpo"):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    grads = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert grads == set(trained)
+
+
+def test_what_trained_goes_on_training(model):
     trains = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trains
     assert all(".default." in name for name in trains)
@@ -254,8 +274,6 @@ def test_what_trained_goes_on_training(model):
 
 
 def test_adapters_that_cannot_be_added(base, saved, model, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     before = state(model)
     with pytest.raises(ValueError, match=r"'dpo' is taken: .* there are default, dpo, grpo"):
         adapters.add(model, "dpo", saved["dpo"])
@@ -276,6 +294,20 @@ def test_adapters_that_cannot_be_added(base, saved, model, tmp_path):
         adapters.add(model, "new", broken)
     check_unchanged(model, before)
     assert list(model.peft_config) == ["default", "dpo", "grpo"]
+
+
+@pytest.mark.parametrize("rewriting_is", ["new", "there"])
+def test_an_adapter_that_rewrites_the_base_shares_it_with_no_other(base, saved, tmp_path, rewriting_is):
+    other, _ = load_model(base, LoRA(rank=4, init="pissa"), reference=False)
+    if rewriting_is == "new":
+        model, _ = load_model(base, saved["sft"])
+        folder, says = save_adapter(other, tmp_path / "pissa"), "pissa/adapter_config.json: init_lora"
+    else:
+        model, folder, says = other, saved["sft"], "adapter 'default': init_lora"
+    before = state(model)
+    with pytest.raises(ValueError, match=f"{says}.* is 'pissa', which rewrites the base's weights, and"):
+        adapters.add(model, "new", folder)
+    check_unchanged(model, before)
 
 
 def test_names_that_hold_each_other_are_kept_apart(model, saved, tmp_path):
@@ -318,8 +350,6 @@ def test_names_that_are_not_there(base, model):
     [{"default": 1.0}, {"default": 0.5, "dpo": 0.5}, {"grpo": 2.0, "dpo": -1, "default": 0.25}],
 )
 def test_a_combination_is_the_weighted_sum_of_the_updates(model, weights):
-    import torch
-
     model.train()
     before = state(model)
     adapters.combine(model, "mix", weights)
@@ -339,8 +369,6 @@ def test_a_combination_is_the_weighted_sum_of_the_updates(model, weights):
 
 
 def test_weights_move_the_outputs_from_one_adapter_to_the_other(model):
-    import torch
-
     for weight, name in [(1.0, "dpo"), (0.0, "grpo")]:
         adapters.combine(model, f"mix{name}", {"dpo": weight, "grpo": 1 - weight})
         with adapters.using(model, f"mix{name}"):
@@ -370,8 +398,6 @@ def test_combinations_that_make_no_sense(model, name, weights, says):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["default", "dpo", "grpo"])
 def test_merged_is_base_plus_adapter_and_comes_off_bit_for_bit(base, saved, dtype, name):
-    import torch
-
     model, _ = load_model(base, saved["sft"], dtype=dtype)
     for other in ("dpo", "grpo"):
         adapters.add(model, other, saved[other])
@@ -400,9 +426,6 @@ def test_inside_merged_nothing_is_switched(model):
 
 
 def test_what_cannot_be_merged(base, model):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     def refused(model, error, says):
         with pytest.raises(error, match=says), adapters.merged(model):
             pass
@@ -423,18 +446,16 @@ def test_what_cannot_be_merged(base, model):
 
 def test_an_adapter_trained_with_another_backend_switches_too(base, saved, monkeypatch):
     """Without Unsloth the same code runs."""
-    import torch
-
     expected = logits(load_model(base, saved["dpo"])[0])
     monkeypatch.setitem(sys.modules, "unsloth", None)
-    models.backend.cache_clear()
+    backend.cache_clear()
     try:
         plain, _ = load_model(base, saved["sft"])
         adapters.add(plain, "dpo", saved["dpo"])
         with adapters.using(plain, "dpo"):
             assert torch.equal(logits(plain), expected)
     finally:
-        models.backend.cache_clear()
+        backend.cache_clear()
 
 
 def test_nothing_of_this_machine_is_in_a_saved_adapter(saved):

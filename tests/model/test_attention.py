@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from rlnb.model import attention, load as models
+from rlnb.model import attention, load_model
 
 SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
              vocab_size=120, max_position_embeddings=64)  # fmt: skip
@@ -126,7 +126,7 @@ def test_another_attention_is_left_alone():
 
 
 def test_loaded_models_have_it_and_saved_ones_do_not_tell(tmp_path):
-    model, _ = models.load_model("abacus-3m")
+    model, _ = load_model("abacus-3m")
     assert model.config._attn_implementation == "rlnb"
     model.save_pretrained(tmp_path)
     assert "rlnb" not in (tmp_path / "config.json").read_text()

@@ -1,26 +1,22 @@
-"""rlnb.model.merging and rlnb.model.export on a random tiny model: the check of a merge, the export, the card."""
+"""rlnb.model.export on a random tiny model: the check of a merge, the export, the model card."""
 
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 
-from rlnb.record import runs
-from rlnb.model import adapters, merging, load as models, sampling, export as ship
-from rlnb.model.load import LoRA, load_model
+from rlnb.model import adapters, export, sampling
+from rlnb.model.load import load_model
+from rlnb.model.lora import LoRA
 
-LAST = "base_model.model.model.layers.1.mlp.down_proj"
 PROMPTS = [
     [{"role": "user", "content": f"Anna has {n} apples and buys 5 more. How many?"}]
     for n in range(3, 9)
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unsloth_first():
-    models.backend()
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +26,17 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def pair(base):
-    """A model whose adapter changes the outputs, and its tokenizer."""
-    import torch
+    return with_an_adapter(base)
 
-    model, tokenizer = load_model(base, LoRA(rank=8, alpha=16))
+
+def with_an_adapter(base, std=0.1, **options):
+    """A model whose adapter changes the outputs, and its tokenizer."""
+    model, tokenizer = load_model(base, LoRA(rank=8, alpha=16), **options)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.1)
+                parameter.normal_(std=std)
     return model, tokenizer
 
 
@@ -49,111 +47,94 @@ def contents(folder):
 # --- the check -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_right_merge_passes(pair, dtype):
-    model, tokenizer = pair
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("name", "std"), [("tiny", 0.01), ("tiny", 0.5), ("abacus-3m", 0.002), ("abacus-3m", 0.05)]
+)
+def test_a_right_merge_passes(base, name, std, dtype):
+    model, tokenizer = with_an_adapter(base if name == "tiny" else name, std)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    in_place, on_disk = merging.check_merge(
-        model, tokenizer, PROMPTS, dtype=dtype, max_new_tokens=16
-    )
-    assert (in_place.dtype, on_disk.dtype) == ("float32", dtype)
-    for check in (in_place, on_disk):
-        assert check.ok
-        assert 0 < check.difference <= check.tolerance < 20 * check.difference
-        assert check.texts == len(PROMPTS)
-    assert in_place.same == in_place.texts
-    assert in_place.difference < 1e-2 * on_disk.difference
-    assert f"same greedy text on {on_disk.same} of 6 prompts" in str(on_disk)
+    checks = export.check_merge(model, tokenizer, PROMPTS, dtype=dtype, max_new_tokens=16)
+    assert [check.dtype for check in checks] == ["float32", dtype]
+    for check in checks:
+        assert check.ok, str(check)
+        assert 0 < check.difference <= check.tolerance == export.TOLERANCE[check.dtype]
+    assert checks[0].same == checks[0].texts == len(PROMPTS)
+    assert f"same greedy text on {checks[1].same} of 6 prompts" in str(checks[1])
     assert all(p.equal(before[name]) for name, p in model.named_parameters())
 
 
-def scale(factor):
-    """A merge that gets the scale wrong."""
-
-    def change(patch):
-        from peft.tuners.lora import Linear
-
-        right = Linear.get_delta_weight
-        patch.setattr(Linear, "get_delta_weight", lambda *a: factor * right(*a))
-
-    return change
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_merge_into_a_16_bit_base_is_rounded_once(base, dtype):
+    """W + s B A is added up in float32, whatever the base's type is, and not by way of that."""
+    model, tokenizer = with_an_adapter(base, dtype="bfloat16")
+    checks = export.check_merge(model, tokenizer, PROMPTS, dtype=dtype, max_new_tokens=16)
+    assert all(check.ok for check in checks), str(checks)
+    assert [check.tolerance for check in checks] == [export.TOLERANCE["bfloat16"]] * 2
 
 
-def forget_a_layer(patch):
-    """A merge that leaves out one layer of fourteen. In place that layer still runs its adapter, so
-    that only the file is wrong.
-    """
-    right = adapters._mergeable
-    patch.setattr(adapters, "_mergeable", lambda model: right(model)[:-1])
+WRONG = {"a wrong scale": (0.99, False), "the adapter left out": (0, False), "a layer left out": (0, True)}
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (scale(0.99), "nothing is saved: .*q_proj.weight is not W"),
-        (scale(0), "nothing is saved: .*q_proj.weight is not W"),
-        (forget_a_layer, "nothing is saved: .*layers.1.mlp.down_proj.weight is not W"),
-    ],
-)
-@pytest.mark.parametrize("weights_are_read", [True, False])
-def test_a_wrong_merge_is_caught_and_nothing_is_saved(
-    pair, tmp_path, monkeypatch, change, says, weights_are_read
+def merge_wrongly(patch, model, factor, one_layer, on_disk_alone):
+    """Multiplies what a merge adds, to all layers or to the last of fourteen."""
+    from peft.tuners.lora import Linear
+
+    last = list(adapters.lora_layers(model).values())[-1]
+    right, write = Linear.get_delta_weight, export._write
+
+    def update(layer, name):
+        return right(layer, name) * (factor if layer is last or not one_layer else 1)
+
+    def write_wrongly(*arguments):
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Linear, "get_delta_weight", update)
+            write(*arguments)
+
+    if on_disk_alone:
+        patch.setattr(export, "_write", write_wrongly)
+    else:
+        patch.setattr(Linear, "get_delta_weight", update)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("error", WRONG)
+@pytest.mark.parametrize("on_disk_alone", [True, False])
+def test_the_weights_tell_a_wrong_merge_and_nothing_is_saved(
+    pair, tmp_path, monkeypatch, error, dtype, on_disk_alone
 ):
-    """By the weights on disk, and for all but the last layer of one by the logits as well."""
-    import torch
+    merge_wrongly(monkeypatch, pair[0], *WRONG[error], on_disk_alone)
+    with pytest.raises(RuntimeError, match=r"nothing is saved: .*_proj.weight on disk is not W \+ s B A"):
+        export.export_merged(*pair, tmp_path / "out", PROMPTS[:2], dtype=dtype, max_new_tokens=4)
+    assert not list(tmp_path.iterdir())
 
-    model, tokenizer = pair
-    if not weights_are_read:
-        monkeypatch.setattr(merging, "_check_weights", lambda *_: None)
-        says = "nothing is saved: the merge is not base"
-        if change is forget_a_layer:
-            with torch.no_grad():
-                adapters.lora_layers(model)[LAST].lora_B["default"].weight.mul_(5)
-    change(monkeypatch)
-    with pytest.raises(RuntimeError, match=says):
-        ship.export_merged(model, tokenizer, tmp_path / "out", PROMPTS, max_new_tokens=16)
+
+@pytest.mark.parametrize("error", WRONG)
+def test_the_logits_tell_a_wrong_merge_as_well(pair, tmp_path, monkeypatch, error):
+    """In place, where float32 shows everything."""
+    monkeypatch.setattr(export, "_check_weights", lambda *_: None)
+    merge_wrongly(monkeypatch, pair[0], *WRONG[error], on_disk_alone=False)
+    with pytest.raises(RuntimeError, match=r"nothing is saved: the merge is not base \+ adapter: float32"):
+        export.export_merged(*pair, tmp_path / "out", PROMPTS, max_new_tokens=16)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("fields", "ok"),
+    ("error", "dtype"),
     [
-        (("float32", 0.1, 0.2, 3, 3, 0.0), True),
-        (("float32", 0.3, 0.2, 3, 3, 0.0), False),
-        (("float32", 0.1, 0.2, 2, 3, 1e-6), False),
-        (("bfloat16", 0.1, 0.2, 2, 3, 0.4), True),
-        (("bfloat16", 0.1, 0.2, 2, 3, 0.6), False),
-        (("bfloat16", 0.3, 0.2, 3, 3, 0.0), False),
+        ("the adapter left out", "float32"),
+        ("the adapter left out", "float16"),
+        ("the adapter left out", "bfloat16"),
+        ("a layer left out", "float32"),
+        ("a layer left out", "float16"),
     ],
 )
-def test_when_a_check_passes(fields, ok):
-    check = merging.Check(*fields)
-    assert check.ok == ok
-    assert ("the rest part at" in str(check)) == (fields[3] < 3)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_probe_is_as_large_as_rounding_and_leaves_nothing_behind(pair, dtype):
-    import torch
-
-    model, _ = pair
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    unit = {"float32": 2**-24, "bfloat16": 2**-8}[dtype]
-    with merging.rounding(model, dtype):
-        for name, weight in model.named_parameters():
-            old = before[name]
-            if weight.dim() == 1 or ".lora_" in name:
-                assert weight.equal(old)
-                continue
-            error = ((weight - old) / old.abs().clamp(min=1e-30)).abs()
-            assert error.max() <= 2 * unit
-            rounded = (old.bfloat16() - old).abs() / old.abs().clamp(min=1e-30)
-            if dtype == "bfloat16":
-                assert rounded.max() <= unit
-                assert 0.5 < error.mean() / rounded.mean() < 3
-            else:
-                assert error.max() > unit / 2
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+def test_the_logits_tell_a_wrong_file(pair, monkeypatch, error, dtype):
+    """In bfloat16 one layer of fourteen is near what rounding does: there the weights alone tell."""
+    monkeypatch.setattr(export, "_check_weights", lambda *_: None)
+    merge_wrongly(monkeypatch, pair[0], *WRONG[error], on_disk_alone=True)
+    in_place, on_disk = export.check_merge(*pair, PROMPTS, dtype=dtype, max_new_tokens=16)
+    assert in_place.ok and not on_disk.ok, str(on_disk)
 
 
 # --- export --------------------------------------------------------------------------------------
@@ -178,11 +159,10 @@ save_file({"text": text, "logits": logits}, out)
 
 
 def test_the_merged_model_loads_in_stock_transformers(pair, tmp_path, capsys):
-    import torch
     from safetensors.torch import load_file
 
     model, tokenizer = pair
-    folder = ship.export_merged(model, tokenizer, tmp_path / "out", PROMPTS, max_new_tokens=16)
+    folder = export.export_merged(model, tokenizer, tmp_path / "out", PROMPTS, max_new_tokens=16)
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in said[-2:]] == ["float32", "bfloat16"]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
@@ -207,7 +187,7 @@ def test_the_merged_model_loads_in_stock_transformers(pair, tmp_path, capsys):
 def test_what_is_exported_is_16_bit_without_lora_and_without_a_path(pair, base, tmp_path):
     from safetensors.torch import load_file
 
-    folder = ship.export_merged(*pair, tmp_path / "out", PROMPTS, max_new_tokens=8)
+    folder = export.export_merged(*pair, tmp_path / "out", PROMPTS, max_new_tokens=8)
     weights = load_file(folder / "model.safetensors")
     original = load_file(base / "model.safetensors")
     assert weights.keys() == original.keys()
@@ -221,18 +201,21 @@ def test_what_is_exported_is_16_bit_without_lora_and_without_a_path(pair, base, 
     )
 
 
-def test_the_card_says_what_the_model_is_made_of(pair, tmp_path, monkeypatch):
-    monkeypatch.setenv("RLNB_RUNS", str(tmp_path / "runs"))
-    config = {"learning_rate": 2e-3, "steps": 32}
-    with runs.start("sft", model="tiny", config=config, seed=7, labels=128) as run:
-        run.finish(strict={"k": 130, "n": 200}, mean_tokens=31.25)
-    folder = ship.export_merged(
+def test_the_card_says_what_the_model_is_made_of(pair, tmp_path):
+    config = {"seed": 7, "output_dir": str(tmp_path), "warmup": None, "learning_rate": 2e-3}
+    config |= {"beta": 0.1, "rank": 8}
+    run = SimpleNamespace(
+        id="20261120-sft", method="sft", seed=7, parent=None, labels=128,
+        config=config | {f"other_{n}": n for n in range(40)},
+        result={"strict": {"k": 130, "n": 200}, "mean_tokens": 31.25},
+    )  # fmt: skip
+    folder = export.export_merged(
         *pair, tmp_path / "solver", PROMPTS[:2], run=run, licence="mit", max_new_tokens=8
     )
     lines = (folder / "README.md").read_text().splitlines()
-    assert lines[:5] == [
-        "---", "base_model: tiny", "library_name: transformers", "license: mit",
-        "pipeline_tag: text-generation",
+    assert lines[:6] == [
+        "---", "base_model: tiny", "library_name: transformers", "pipeline_tag: text-generation",
+        "license: mit", "---",
     ]  # fmt: skip
     assert "# solver" in lines
     for row in [
@@ -244,18 +227,21 @@ def test_the_card_says_what_the_model_is_made_of(pair, tmp_path, monkeypatch):
         "| started from | the base model |",
         "| weights | bfloat16 |",
         "| licence | mit |",
-        f"## Result of run {run.id}",
+        "## Result of run 20261120-sft",
         "| strict | 130 of 200 (65.0 %) |",
         "| mean_tokens | 31.25 |",
-        "| learning_rate | 0.002 |",
+        "| beta | 0.1 |",
     ]:
         assert row in lines, row
     assert any(line.startswith("| merge checked | float32: logits differ") for line in lines)
     assert any(line.startswith("| made with | python ") for line in lines)
+    settings = lines[lines.index("## Settings") + 4 :]
+    assert settings[:2] == ["| learning_rate | 0.002 |", "| rank | 8 |"]
+    assert len(settings) == 25 and not {"warmup", "output_dir"} & {row.split()[1] for row in settings}
 
 
 def test_without_a_run_the_card_says_so(pair, tmp_path):
-    folder = ship.export_merged(
+    folder = export.export_merged(
         *pair, tmp_path / "out", PROMPTS[:1], data="ten problems", max_new_tokens=4
     )
     text = (folder / "README.md").read_text()
@@ -266,18 +252,14 @@ def test_without_a_run_the_card_says_so(pair, tmp_path):
 
 
 def test_the_practice_models_licence_is_known(pair, base, monkeypatch):
-    from rlnb.model import folders
-
-    monkeypatch.setattr(folders, "DATA", base.parent)
-    checks = [merging.Check("bfloat16", 0.0, 1.0, 1, 1)]
-    assert "license: apache-2.0\n" in ship.card(pair[0], checks, None, None, None, "x")
+    monkeypatch.setattr(export.folders, "DATA", base.parent)
+    checks = [export.Check("bfloat16", 0.0, 0.1, 1, 1)]
+    assert "license: apache-2.0\n" in export._model_card(pair[0], checks, None, None, None, "x")
 
 
 def test_an_interrupted_export_leaves_the_old_one_whole(pair, tmp_path, monkeypatch):
-    import torch
-
     model, tokenizer = pair
-    folder = ship.export_merged(model, tokenizer, tmp_path / "out", PROMPTS[:1], max_new_tokens=4)
+    folder = export.export_merged(model, tokenizer, tmp_path / "out", PROMPTS[:1], max_new_tokens=4)
     old = contents(folder)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -287,13 +269,13 @@ def test_an_interrupted_export_leaves_the_old_one_whole(pair, tmp_path, monkeypa
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    for place, name in [(ship, "card"), (ship, "check_folder"), (models, "load_model")]:
+    for name in ("_model_card", "_check_weights", "load_model"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(place, name, interrupted)
-            ship.export_merged(model, tokenizer, folder, PROMPTS[:1], max_new_tokens=4)
+            patch.setattr(export, name, interrupted)
+            export.export_merged(model, tokenizer, folder, PROMPTS[:1], max_new_tokens=4)
         assert contents(folder) == old
         assert [file.name for file in tmp_path.iterdir()] == ["out"]
-    ship.export_merged(model, tokenizer, folder, PROMPTS[:1], max_new_tokens=4)
+    export.export_merged(model, tokenizer, folder, PROMPTS[:1], max_new_tokens=4)
     assert contents(folder)["model.safetensors"] != old["model.safetensors"]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
@@ -302,20 +284,20 @@ def test_what_is_not_exported(pair, base, tmp_path):
     model, tokenizer = pair
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(FileExistsError, match=r"more than a merged model \(thesis.tex\)"):
-        ship.export_merged(model, tokenizer, tmp_path, PROMPTS)
-    with pytest.raises(ValueError, match="dtype is 'float32': it must be"):
-        ship.export_merged(model, tokenizer, tmp_path / "out", PROMPTS, dtype="float32")
+        export.export_merged(model, tokenizer, tmp_path, PROMPTS)
+    with pytest.raises(ValueError, match="dtype is 'int8': it must be one of float32, "):
+        export.export_merged(model, tokenizer, tmp_path / "out", PROMPTS, dtype="int8")
     with pytest.raises(TypeError, match="no adapter to merge"):
-        ship.export_merged(*load_model(base), tmp_path / "out", PROMPTS)
+        export.export_merged(*load_model(base), tmp_path / "out", PROMPTS)
     with (
         adapters.off(model),
         pytest.raises(ValueError, match="no adapter is in use: there is nothing to merge"),
     ):
-        ship.export_merged(model, tokenizer, tmp_path / "out", PROMPTS)
+        export.export_merged(model, tokenizer, tmp_path / "out", PROMPTS)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.skipif("models.backend() == 'unsloth-gpu'")
+@pytest.mark.skipif("export.backend() == 'unsloth-gpu'")
 def test_gguf_names_the_other_way(pair, tmp_path):
     with pytest.raises(RuntimeError, match=r"GPU machine, and this is .*convert_hf_to_gguf\.py"):
-        ship.export_gguf(*pair, tmp_path)
+        export.export_gguf(*pair, tmp_path)

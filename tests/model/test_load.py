@@ -9,20 +9,26 @@ import socket
 import subprocess
 import sys
 
+import httpx
+import huggingface_hub
+import peft
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from rlnb.model import adapters, folders, load as models
-from rlnb.model.lora import INITS
-from rlnb.model.load import ALL_LINEAR, LoRA, Saved, load_model, save_adapter
+from rlnb.data import shapes
+from rlnb.model import (
+    LoRA, Saved, backend, backends, folders, load, load_model, quiet, resolve, save_adapter,
+    trainable,
+)  # fmt: skip
+from rlnb.model.lora import ALL_LINEAR, INITS, from_rlinf, lora_layers
+from rlnb.task import problems
 
 RANKS = (1, 2, 3, 4, 7, 8, 16, 32, 64, 128, 256, 320, 512, 513)
 CHAT = [{"role": "user", "content": "Anna has 12 apples and buys 5 more. How many?"}]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unsloth_first():
-    models.backend()
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +39,6 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
     """A saved adapter of rank 8 that changes the outputs, and its model."""
-    import torch
-
     model, _ = load_model(base, LoRA(rank=8, alpha=8))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -44,8 +48,6 @@ def trained(base, tmp_path_factory):
 
 
 def logits(model):
-    import torch
-
     ids = torch.arange(4, 24).reshape(2, 10)
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits
@@ -55,13 +57,13 @@ def logits(model):
 
 
 def test_names_resolve(base, tmp_path, monkeypatch):
-    assert models.resolve(base) == str(base)
-    assert models.resolve("Qwen/Qwen2.5-0.5B-Instruct") == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert resolve(base) == str(base)
+    assert resolve("Qwen/Qwen2.5-0.5B-Instruct") == "Qwen/Qwen2.5-0.5B-Instruct"
     monkeypatch.chdir(base.parent)
-    assert models.resolve("tiny") == models.resolve("./tiny") == str(base)
+    assert resolve("tiny") == resolve("./tiny") == str(base)
     monkeypatch.setattr(folders, "DATA", base.parent)
     monkeypatch.chdir(tmp_path)
-    assert models.resolve("tiny") == str(base)
+    assert resolve("tiny") == str(base)
 
 
 @pytest.mark.parametrize("name", ["abacus-4m", "gpt2", "./a/b", "models/x", "/nowhere", "a/b/c"])
@@ -70,18 +72,18 @@ def test_a_model_that_is_not_there(base, name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(folders, "DATA", base.parent)
     with pytest.raises(FileNotFoundError, match=f"no model '{name}': .* data/ has tiny"):
-        models.resolve(name)
+        resolve(name)
 
 
 def test_a_folder_that_is_no_model(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config.json among nothing$"):
-        models.resolve(tmp_path)
+        resolve(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(FileNotFoundError, match=r"no \*.safetensors among .*pytorch_model.bin$"):
-        models.resolve(tmp_path)
+        resolve(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no config.json among adapter_config.json"):
-        models.resolve(trained[0])
+        resolve(trained[0])
 
 
 def test_a_folder_that_is_no_adapter(base, tmp_path):
@@ -168,8 +170,6 @@ def test_a_saved_adapter_is_checked_before_the_weights(base, trained, tmp_path, 
 
 
 def test_an_adapter_of_another_shape_is_refused_before_the_weights(base, trained, tmp_path):
-    from transformers import AutoConfig
-
     config = AutoConfig.from_pretrained(base)
     for change, says in [
         ({"intermediate_size": 97}, r"layers\.0.*down_proj is 96 wide there and 97 here"),
@@ -186,14 +186,12 @@ def test_an_adapter_of_another_shape_is_refused_before_the_weights(base, trained
 
 
 def test_a_new_adapter_changes_nothing_yet_and_trains_alone(base, capsys):
-    import torch
-
     full, _ = load_model(base)
     capsys.readouterr()
     model, tokenizer = load_model(base, LoRA(rank=4))
     out, err = capsys.readouterr()
-    count, total = models.trainable(model)
-    what = f"{total:,} parameters, {count:,} train (LoRA rank 4), {models.backend()}, float32"
+    count, total = trainable(model)
+    what = f"{total:,} parameters, {count:,} train (LoRA rank 4), {backend()}, float32"
     assert (out, err) == (f"tiny: {what}\n", "")
     shapes = [module.weight.shape for n, module in full.named_modules() if n.endswith("_proj")]
     assert count == 4 * sum(rows + columns for rows, columns in shapes)
@@ -206,10 +204,6 @@ def test_a_new_adapter_changes_nothing_yet_and_trains_alone(base, capsys):
 
 @pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])
 def test_the_seed_fixes_the_start_as_in_stock_peft(base, init):
-    import peft
-    import torch
-    from transformers import AutoModelForCausalLM
-
     first, again, other = (
         load_model(base, LoRA(rank=4, init=init), seed=seed)[0].state_dict() for seed in (5, 5, 6)
     )
@@ -226,8 +220,6 @@ def test_the_seed_fixes_the_start_as_in_stock_peft(base, init):
 @pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])
 def test_with_the_adapter_off_the_model_is_the_base(base, init):
     """Also after a step, which is what makes it a reference."""
-    import torch
-
     model, _ = load_model(base, LoRA(rank=4, init=init))
     plain = logits(load_model(base)[0])
     assert torch.allclose(logits(model), plain, atol=1e-5)
@@ -243,8 +235,6 @@ def test_with_the_adapter_off_the_model_is_the_base(base, init):
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_an_init_that_rewrites_the_base_is_no_reference(base, init):
     """Why it is refused unless the caller says that no reference is wanted."""
-    import torch
-
     model, _ = load_model(base, LoRA(rank=4, init=init), reference=False)
     plain = logits(load_model(base)[0])
     assert torch.allclose(logits(model), plain, atol=1e-3)
@@ -253,8 +243,6 @@ def test_an_init_that_rewrites_the_base_is_no_reference(base, init):
 
 
 def test_an_adapter_that_rewrote_the_base_does_so_again(base, tmp_path):
-    import torch
-
     model, _ = load_model(base, LoRA(rank=4, init="pissa"), reference=False)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -272,14 +260,14 @@ def test_targets_and_scale_reach_peft(base, targets):
     model, _ = load_model(base, LoRA(rank=4, alpha=8, targets=targets, use_rslora=True))
     names = ALL_LINEAR if targets == "all-linear" else targets
     assert model.peft_config["default"].target_modules == set(names)
-    layers = list(adapters.lora_layers(model).values())
+    layers = list(lora_layers(model).values())
     assert len(layers) == 2 * len(names)
     assert {module.scaling["default"] for module in layers} == {8 / 4**0.5}
 
 
 def test_full_fine_tuning_trains_everything(base, capsys):
     model, _ = load_model(base)
-    count, total = models.trainable(model)
+    count, total = trainable(model)
     assert count == total == sum(parameter.numel() for parameter in model.parameters())
     assert "(full fine-tuning, which has no rank)" in capsys.readouterr().out
 
@@ -289,7 +277,7 @@ def test_another_rank_than_the_saved_one_is_reported(base, trained, capsys):
     settings = {"is_lora": True, "lora_rank": 16, "lora_path": str(trained[0])}
     for lora, expected in [
         (Saved(trained[0], rank=16), said),
-        (models.from_rlinf(settings), said),
+        (from_rlinf(settings), said),
         (Saved(trained[0], rank=8), ""),
         (Saved(trained[0]), ""),
         (str(trained[0]), ""),
@@ -300,24 +288,18 @@ def test_another_rank_than_the_saved_one_is_reported(base, trained, capsys):
 
 
 def test_a_saved_adapter_goes_on_training_at_its_own_rank(base, trained, capsys):
-    import torch
-
     folder, model = trained
     again, _ = load_model(base, folder, seed=9)
     assert "(LoRA rank 8 from sft)" in capsys.readouterr().out
-    assert models.trainable(again) == models.trainable(model)
+    assert trainable(again) == trainable(model)
     assert again.peft_config["default"].lora_alpha == 8
     assert torch.equal(logits(again), logits(model))
     assert not torch.allclose(logits(again), logits(load_model(base)[0]))
 
 
 def test_stock_peft_reads_the_adapter(base, trained):
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     folder, model = trained
-    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    stock = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     assert torch.equal(logits(stock), logits(model))
 
 
@@ -328,8 +310,6 @@ def test_an_adapter_of_another_base_is_pointed_out(trained, tmp_path):
 
 
 def test_an_adapter_with_missing_weights_is_refused(base, trained, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(trained[0] / "adapter_model.safetensors")
     name = next(iter(weights))
     weights.pop(name)
@@ -342,35 +322,32 @@ def test_an_adapter_with_missing_weights_is_refused(base, trained, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_type_of_the_weights_can_be_named(base, dtype, capsys):
     load_model(base, LoRA(), dtype=dtype)
-    assert f"{models.backend()}, {dtype}\n" in capsys.readouterr().out
+    assert f"{backend()}, {dtype}\n" in capsys.readouterr().out
 
 
 # --- backends, rollouts, padding -----------------------------------------------------------------
 
 
 def test_nothing_is_looked_up_outside(base, monkeypatch):
-    import httpx
-    import huggingface_hub
-
-    asked = []
+    lookups = []
 
     def refused(*arguments, **_):
-        asked.append(arguments)
+        lookups.append(arguments)
         raise OSError("no network in this test")
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", refused)
     load_model(base, LoRA())
-    assert not asked
+    assert not lookups
     with pytest.raises(httpx.ConnectError):
         huggingface_hub.model_info("nobody/nothing")
-    assert asked  # so a look-up would have been noticed
+    assert lookups  # so a look-up would have been noticed
     assert os.environ["UNSLOTH_DISABLE_STATISTICS"] == os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
     assert os.environ["TRL_EXPERIMENTAL_SILENCE"] == "1"
 
 
 def test_fast_inference_on_a_cpu_is_said_once(base, capsys):
-    models._say_once.cache_clear()
+    backends.say_once.cache_clear()
     for _ in range(2):
         load_model(base, LoRA(), fast_inference=True, max_lora_rank=20)
     out = capsys.readouterr().out
@@ -379,22 +356,18 @@ def test_fast_inference_on_a_cpu_is_said_once(base, capsys):
 
 
 def test_a_gpu_without_vllm_is_told_the_way_out(monkeypatch):
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r"needs (unsloth|vllm), .* --kind gpu, or pass"):
-        models._vllm_works("unsloth-gpu")
+        load._vllm_works("unsloth-gpu")
 
 
 def test_without_unsloth_the_plain_path_gives_the_same(base, trained, monkeypatch, capsys):
-    import torch
-
     new = load_model(base, LoRA(rank=4), seed=3)[0].state_dict()
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setitem(sys.modules, "unsloth", None)
-    models.backend.cache_clear()
-    models._say_once.cache_clear()
+    backend.cache_clear()
+    backends.say_once.cache_clear()
     try:
         capsys.readouterr()
         plain = load_model(base, LoRA(rank=4), seed=3)[0].state_dict()
@@ -404,11 +377,11 @@ def test_without_unsloth_the_plain_path_gives_the_same(base, trained, monkeypatc
         saved, tokenizer = load_model(base, trained[0], max_seq_length=99)
         assert torch.equal(logits(saved), logits(trained[1]))
         assert (tokenizer.padding_side, tokenizer.model_max_length) == ("left", 99)
-        count, total = models.trainable(load_model(base)[0])
+        count, total = trainable(load_model(base)[0])
         assert count == total
         assert capsys.readouterr().out.count("plain transformers") == 0
     finally:
-        models.backend.cache_clear()
+        backend.cache_clear()
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="Unsloth is not used on macOS")
@@ -417,8 +390,8 @@ def test_an_unsloth_that_does_not_import_is_reported(tmp_path):
     (tmp_path / "unsloth" / "__init__.py").write_text(
         "print('a banner')\nraise ImportError('libcuda.so.1: broken')"
     )
-    code = "import rlnb.model.load as m, sys\nassert 'torch' not in sys.modules\nm.backend()"
-    paths = os.pathsep.join([str(tmp_path), str(models.DATA.parent)])
+    code = "import rlnb.model"
+    paths = os.pathsep.join([str(tmp_path), str(folders.DATA.parent)])
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -430,20 +403,42 @@ def test_an_unsloth_that_does_not_import_is_reported(tmp_path):
     assert "a banner" in done.stderr
 
 
-def test_padding_is_never_the_end_token(base):
-    from transformers import AutoConfig, AutoTokenizer
+@pytest.mark.skipif(backend() == "plain", reason="there is no Unsloth here")
+@pytest.mark.parametrize("early", ["", "transformers", "peft"])
+def test_what_comes_before_unsloth_is_pointed_out(early):
+    imports = f"import {early}\n" if early else ""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{imports}import rlnb.model"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(folders.DATA.parent)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "")
+    says = "came before Unsloth, which then leaves some of its patches out: restart, and import rlnb.model"
+    assert (f"{early} {says}" in done.stderr if early else says not in done.stderr), done.stderr
 
+
+def test_quiet_holds_back_what_is_printed_and_shows_it_on_an_error(capsys):
+    with quiet():
+        print("a banner")
+        print("a bar", file=sys.stderr)
+    assert capsys.readouterr() == ("", "a bar\n")
+    with pytest.raises(ZeroDivisionError), quiet():
+        print("a banner")
+        _ = 1 / 0
+    assert capsys.readouterr() == ("", "a banner\n")
+
+
+def test_padding_is_never_the_end_token(base):
     class Model:
         config = AutoConfig.from_pretrained(base)
 
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right")
     tokenizer.pad_token = tokenizer.eos_token
-    models._set_padding(Model, tokenizer)
+    load._set_padding(Model, tokenizer)
     assert (tokenizer.pad_token, tokenizer.padding_side) == ("<|pad|>", "left")
     assert Model.config.pad_token_id == tokenizer.pad_token_id == 0
     tokenizer.eos_token = "<|pad|>"
     with pytest.warns(UserWarning, match="no token to pad with but the end"):
-        models._set_padding(Model, tokenizer)
+        load._set_padding(Model, tokenizer)
 
 
 # --- TRL's trainers ------------------------------------------------------------------------------
@@ -472,8 +467,6 @@ def adapter_and_base(model):
 
 
 def check_trained(model, before, log, key):
-    import torch
-
     after = adapter_and_base(model)
     assert any(not torch.equal(value, after[0][name]) for name, value in before[0].items())
     assert all(torch.equal(value, after[1][name]) for name, value in before[1].items())
@@ -484,17 +477,12 @@ def check_trained(model, before, log, key):
 
 @pytest.mark.parametrize("mode", ["new", "saved"])
 def test_sft_runs(base, trained, tmp_path, mode):
-    from trl import SFTConfig, SFTTrainer
-
-    from rlnb.data import shapes as datasets
-    from rlnb.task import problems
-
     model, tokenizer = load_model(base, LoRA(rank=4) if mode == "new" else trained[0])
     before = adapter_and_base(model)
     trainer = SFTTrainer(
         model,
         SFTConfig(**arguments(tmp_path), max_length=None),
-        train_dataset=datasets.prompt_completion(problems.generate("train", 8)),
+        train_dataset=shapes.prompt_completion(problems.generate("train", 8)),
         processing_class=tokenizer,
     )
     trainer.train()
@@ -506,11 +494,6 @@ def test_sft_runs(base, trained, tmp_path, mode):
 @pytest.mark.parametrize("beta", [0.0, 0.05])
 def test_grpo_runs_with_and_without_a_reference(base, trained, tmp_path, beta):
     """The model is a PeftModel already, so with beta > 0 TRL adds a frozen copy, "ref"."""
-    from trl import GRPOConfig, GRPOTrainer
-
-    from rlnb.data import shapes as datasets
-    from rlnb.task import problems
-
     model, tokenizer = load_model(base, trained[0])
     before = adapter_and_base(model)
     trainer = GRPOTrainer(
@@ -522,7 +505,7 @@ def test_grpo_runs_with_and_without_a_reference(base, trained, tmp_path, beta):
         args=GRPOConfig(
             **arguments(tmp_path), num_generations=4, max_completion_length=8, beta=beta
         ),
-        train_dataset=datasets.prompts(problems.generate("train", 4)),
+        train_dataset=shapes.prompts(problems.generate("train", 4)),
         processing_class=tokenizer,
     )
     trainer.train()

@@ -1,12 +1,12 @@
 """rlnb.model.lora: the rank rules on a table, targets, inits, RLinf's keys. No weights are read."""
 
-import subprocess
-import sys
-
 import pytest
 import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, GPT2Config, ViTConfig
 
-from rlnb.model import lora, load as models
+from rlnb.model import lora
 from rlnb.model.lora import ALL_LINEAR, ATTENTION, MLP, LoRA, Saved
 
 # rank -> the least that vLLM can set aside for it; None: vLLM has no such rank.
@@ -14,24 +14,11 @@ TABLE = {1: 1, 2: 8, 3: 8, 4: 8, 7: 8, 8: 8, 16: 16, 32: 32, 64: 64, 128: 128, 2
          512: 512, 513: None}  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def unsloth_first():
-    models.backend()
-
-
 @pytest.fixture(scope="module")
-def bones(tmp_path_factory):
+def skeleton(tmp_path_factory):
     """The skeleton of the tiny model: 2 layers, hidden 64, MLP 96, q and k 128 and 64 wide."""
-    from transformers import AutoConfig
-
     folder = tiny.make(tmp_path_factory.mktemp("models") / "tiny")
     return lora.skeleton(AutoConfig.from_pretrained(folder))
-
-
-def test_importing_loads_no_torch():
-    code = "import sys, rlnb.model.lora, rlnb.model.folders; assert 'torch' not in sys.modules"
-    root = lora.Path(lora.__file__).parents[1]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
 # --- ranks ---------------------------------------------------------------------------------------
@@ -84,8 +71,6 @@ def test_a_rank_above_the_smallest_width_is_useless():
 
 
 def test_an_update_has_no_more_rank_than_the_smallest_width():
-    import torch
-
     product = torch.randn(5, 40) @ torch.randn(40, 30)  # rank 40 asked for, 5 outputs
     assert torch.linalg.matrix_rank(product) == 5
     assert lora.smallest_width({"a": (30, 5), "b": (8, 9)}) == 5
@@ -101,8 +86,8 @@ def test_an_update_has_no_more_rank_than_the_smallest_width():
         ({"targets": ()}, r'targets is \(\): it must be "all-linear" or names'),
         ({"targets": "q_proj"}, "targets is 'q_proj'"),
         ({"init": "normal"}, "init is 'normal': it must be one of default, gaussian, orthogonal"),
-        ({"init": "corda"}, "corda needs data or settings that load_model does not have"),
-        ({"init": "orthogonal", "rank": 7}, "rank is 7 and init is 'orthogonal'.*: take 8, or"),
+        ({"init": "corda"}, "others need data or settings that load_model does not have"),
+        ({"init": "orthogonal", "rank": 7}, "rank is 7: it must be even for init='orthogonal'"),
     ],
 )
 def test_a_lora_that_cannot_work(fields, says):
@@ -132,14 +117,11 @@ def test_inits_that_leave_the_base_alone_pass(init):
 
 
 @pytest.mark.parametrize("targets", [ALL_LINEAR, ATTENTION, MLP, ("k_proj",), "all-linear"])
-def test_the_layers_are_those_that_peft_adapts(bones, targets):
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    found = lora.target_layers(bones, targets)
-    asked = targets if isinstance(targets, str) else list(targets)
+def test_the_layers_are_those_that_peft_adapts(skeleton, targets):
+    found = lora.target_layers(skeleton, targets)
+    names = targets if isinstance(targets, str) else list(targets)
     with torch.device("meta"):
-        model = get_peft_model(lora.skeleton(bones.config), LoraConfig(r=3, target_modules=asked))
+        model = get_peft_model(lora.skeleton(skeleton.config), LoraConfig(r=3, target_modules=names))
     theirs = {
         name.removeprefix("base_model.model.").removesuffix(".lora_A.default"): module
         for name, module in model.named_modules()
@@ -147,48 +129,41 @@ def test_the_layers_are_those_that_peft_adapts(bones, targets):
     }
     assert found.keys() == theirs.keys()
     assert all(module.in_features == found[name][0] for name, module in theirs.items())
-    assert lora.target_layers(bones, r"model\.layers\.1\..*(q|v)_proj").keys() == {
+    assert lora.target_layers(skeleton, r"model\.layers\.1\..*(q|v)_proj").keys() == {
         "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj",
     }  # fmt: skip
 
 
-def test_the_layers_of_an_adapted_model_keep_their_names(bones):
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    before = lora.linear_layers(bones)
+def test_the_layers_of_an_adapted_model_keep_their_names(skeleton):
+    before = lora.linear_layers(skeleton)
     assert before["model.layers.0.mlp.down_proj"] == (96, 64)
     with torch.device("meta"):
-        model = get_peft_model(lora.skeleton(bones.config), LoraConfig(target_modules="all-linear"))
+        model = get_peft_model(lora.skeleton(skeleton.config), LoraConfig(target_modules="all-linear"))
     assert lora.linear_layers(model.get_base_model()) == before
 
 
 def test_gpt2s_layers_have_their_inputs_first():
-    from transformers import GPT2Config
-
-    bones = lora.skeleton(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10))
-    assert lora.target_layers(bones, ["c_attn"]) == {"transformer.h.0.attn.c_attn": (8, 24)}
+    gpt2 = lora.skeleton(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10))
+    assert lora.target_layers(gpt2, ["c_attn"]) == {"transformer.h.0.attn.c_attn": (8, 24)}
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "w_q", "w_k"], ["embed_tokens"], "no such .*"])
-def test_an_unknown_layer_is_named_beside_those_there_are(bones, targets):
+def test_an_unknown_layer_is_named_beside_those_there_are(skeleton, targets):
     unknown = [targets] if isinstance(targets, str) else [t for t in targets if t != "q_proj"]
     with pytest.raises(ValueError) as error:
-        lora.target_layers(bones, targets)
+        lora.target_layers(skeleton, targets)
     assert str(error.value) == (
         f"the model has no linear layer {', '.join(unknown)} for LoRA: its layers are "
         "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
     )
 
 
-def test_the_output_layer_is_refused_with_the_reason(bones):
+def test_the_output_layer_is_refused_with_the_reason(skeleton):
     with pytest.raises(ValueError, match="lm_head is refused: TRL computes log-probabilities"):
-        lora.target_layers(bones, ("q_proj", "lm_head"))
+        lora.target_layers(skeleton, ("q_proj", "lm_head"))
 
 
 def test_a_config_of_no_causal_lm_has_no_skeleton():
-    from transformers import ViTConfig
-
     assert lora.skeleton(ViTConfig()) is None
 
 
@@ -211,10 +186,9 @@ def test_a_config_of_no_causal_lm_has_no_skeleton():
 )
 def test_a_suggested_rank_is_the_convention_and_says_so(method, complexity, largest, rank):
     found = lora.suggest_rank(method, complexity, largest)
-    assert found.rank == rank
-    assert "a convention, not a finding" in str(found)
-    assert ("held to max_lora_rank" in str(found)) == (largest < 32)
-    lora.check_rank(found.rank, largest)
+    assert found.startswith(f"rank {rank}: the usual range for ")
+    assert "a convention, not a finding: TRL's page says the opposite (SFT 256, RL 1-32)" in found
+    lora.check_rank(rank, largest)
 
 
 def test_what_has_no_convention_is_refused():

@@ -1,5 +1,5 @@
-"""rlnb.model.memory: what is said to be exact is compared to the byte; tests/benchmarks/memory.py measures
-the peak of a training, which no unit test should depend on.
+"""rlnb.model.memory: what is said to be exact is compared; tests/benchmarks/memory.py measures the peak of a
+training, which no unit test should depend on.
 """
 
 import subprocess
@@ -7,15 +7,13 @@ import sys
 
 import pytest
 import tiny
+import torch
 
-from rlnb.model import lora, memory, load as models
+from rlnb.model import memory
+from rlnb.model.adapters import save_adapter
+from rlnb.model.load import load_model, trainable
+from rlnb.model.lora import ALL_LINEAR, ATTENTION, MLP, LoRA
 from rlnb.tools.setup import ROOT
-from rlnb.model.load import ATTENTION, MLP, LoRA, load_model, save_adapter
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unsloth_first():
-    models.backend()
 
 
 @pytest.fixture(scope="module")
@@ -38,39 +36,38 @@ def llama_8b():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("targets", [models.ALL_LINEAR, ATTENTION, MLP, ["k_proj"], "all-linear"])
+@pytest.mark.parametrize("targets", [ALL_LINEAR, ATTENTION, MLP, ["k_proj"], "all-linear"])
 @pytest.mark.parametrize("rank", [1, 7, 64])
-def test_parameters_and_the_adapter_file_are_exact(base, tmp_path, rank, targets):
+def test_parameters_are_exact_and_the_adapter_file_is_but_for_its_header(base, tmp_path, rank, targets):
     config = LoRA(rank=rank, targets=targets)
     predicted = memory.predict(base, config, batch=1, length=1)
     model, _ = load_model(base, config)
-    assert (predicted.trainable, predicted.parameters) == models.trainable(model)
+    assert (predicted.trainable, predicted.parameters) == trainable(model)
     folder = save_adapter(model, tmp_path / "adapter")
-    assert predicted.adapter_file == (folder / "adapter_model.safetensors").stat().st_size
+    header = (folder / "adapter_model.safetensors").stat().st_size - predicted.adapter_file
+    assert 0 < header < 6000
 
 
 def test_the_practice_model_is_predicted_from_its_config_alone(tmp_path):
     """Without weights there is nothing to read but the config."""
-    source = models.DATA / "abacus-3m"
+    source = ROOT / "data" / "abacus-3m"
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_text("nobody can load this")
     predicted = memory.predict(tmp_path, LoRA(), batch=16, length=128)
     assert predicted.trainable == 299_008
     model, _ = load_model("abacus-3m", LoRA())
-    assert (predicted.trainable, predicted.parameters) == models.trainable(model)
+    assert (predicted.trainable, predicted.parameters) == trainable(model)
 
 
 def test_full_fine_tuning_trains_everything_and_writes_no_adapter(base):
     predicted = memory.predict(base, batch=1, length=1)
     model, _ = load_model(base)
-    assert (predicted.trainable, predicted.parameters) == models.trainable(model)
+    assert (predicted.trainable, predicted.parameters) == trainable(model)
     assert predicted.adapter_file == 0
     assert predicted.gradients == 4 * predicted.trainable
 
 
 def test_gradients_and_optimizer_state_are_what_torch_holds(base):
-    import torch
-
     predicted = memory.predict(base, LoRA(rank=4), batch=2, length=8)
     model, _ = load_model(base, LoRA(rank=4))
     trains = [p for p in model.parameters() if p.requires_grad]
@@ -84,8 +81,6 @@ def test_gradients_and_optimizer_state_are_what_torch_holds(base):
 
 def saved_for_backward(model, ids, autocast):
     """Bytes that autograd keeps, weights and their 16-bit copies left out."""
-    import torch
-
     weights = {p.shape for p in model.parameters()} | {p.shape[::-1] for p in model.parameters()}
     kept = {}
 
@@ -105,8 +100,6 @@ def saved_for_backward(model, ids, autocast):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("rank", [4, 64])
 def test_activations_are_what_autograd_keeps(practice, rank, autocast):
-    import torch
-
     model, _ = load_model(practice, LoRA(rank=rank))
     ids = torch.arange(2 * 96).reshape(2, 96) % 300
     found = saved_for_backward(model, ids, autocast)
@@ -134,20 +127,22 @@ def test_vllm_sets_aside_more_than_the_short_formula_says():
     assert attention.vllm == predicted.vllm
     rounded = memory.predict(config, LoRA(rank=1), batch=1, length=1, max_lora_rank=65)
     assert rounded.vllm == 2 * predicted.vllm
-    layers = lora.target_layers(lora.skeleton(config), "all-linear")
-    assert memory.vllm_bytes(layers, 64, adapters=3) == 3 * predicted.vllm
-    square = {"a": (4096, 4096), "b": (4096, 4096)}
-    assert memory.vllm_bytes(square, 16) == memory.vllm_bytes_short(config, 2, 16)
 
 
-def test_the_prediction_is_a_table_to_read(practice):
+def test_on_square_layers_the_short_formula_is_right():
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=2, vocab_size=32
+    )
+    predicted = memory.predict(config, batch=1, length=1, max_lora_rank=16)
+    assert predicted.vllm == predicted.vllm_short
+
+
+def test_the_peak_is_the_sum_of_its_parts(practice):
     predicted = memory.predict(practice, LoRA(), batch=16, length=128)
     parts = ("weights", "gradients", "optimizer", "activations", "logits")
     assert predicted.peak == sum(getattr(predicted, part) for part in parts)
-    lines = str(predicted).splitlines()
-    assert lines[0] == f"{predicted.parameters:,} parameters, 299,008 train"
-    assert [line.split()[0] for line in lines[1:7]] == [*parts, "peak"]
-    assert f"{predicted.peak / 2**20:.1f} MB" in lines[6]
 
 
 @pytest.mark.parametrize(
@@ -182,27 +177,23 @@ def test_a_training_that_fails_says_why(base, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset a process's peak")
 def test_growth_is_measured_at_its_peak():
-    with memory.measured() as found:
-        block = bytearray(64 * memory.MB)
-        del block
-    with memory.measured() as nothing:
-        pass
+    found = memory.measure(lambda: bytearray(64 * memory.MB))
     assert 60 * memory.MB < found.ram < 96 * memory.MB
-    assert nothing.ram < 8 * memory.MB
-    import torch
-
+    assert memory.measure(lambda: None).ram < 8 * memory.MB
     assert (found.gpu is None) == (not torch.cuda.is_initialized())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset a process's peak")
 def test_a_child_of_a_large_process_does_not_inherit_its_peak():
     """As getrusage says it does: a notebook's kernel is such a parent."""
-    code = (
-        "from rlnb.model import memory\n"
-        "with memory.measured() as found: bytearray(64 * memory.MB)\n"
-        "print(found.ram // memory.MB)"
-    )
+    code = "from rlnb import machine; print(machine.peak_memory_mb())"
     ballast = bytearray(512 * memory.MB)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
     assert len(ballast) > 0
-    assert 60 < int(done.stdout) < 96
+    assert float(done.stdout) < 256
+
+
+def test_a_training_is_tried_out_in_a_process_of_its_own(base):
+    predicted, found = memory.try_out(base, LoRA(rank=4), batch=1, length=8)
+    assert predicted == memory.predict(base, LoRA(rank=4), batch=1, length=8)
+    assert (found.ram is None) == (sys.platform != "linux")

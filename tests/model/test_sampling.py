@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from rlnb.model import decode_cpu as decoding, load as models, sampling
+from rlnb.model import LoRA, decode_cpu as decoding, load_model, sampling
+from rlnb.model.lora import lora_layers
 from rlnb.task import problems
 from tests import tiny
 
@@ -34,13 +35,13 @@ def spread(model):
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
     folder = tiny.make(tmp_path_factory.mktemp("model"))
-    model, tokens = models.load_model(folder, lora=models.LoRA(rank=4))
+    model, tokens = load_model(folder, lora=LoRA(rank=4))
     return spread(model), tokens
 
 
 @pytest.fixture(scope="module")
 def practice():
-    model, tokens = models.load_model("abacus-3m", lora=models.LoRA(rank=4))
+    model, tokens = load_model("abacus-3m", lora=LoRA(rank=4))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -70,7 +71,7 @@ def state(model):
         "trains": {n: p.requires_grad for n, p in model.named_parameters()},
         "modes": [m.training for m in model.modules()],
         "checkpointing": [getattr(m, "gradient_checkpointing", None) for m in model.modules()],
-        "merged": [m.merged for m in decoding.lora_layers(model)],
+        "merged": [m.merged for m in lora_layers(model).values()],
         "config": json.dumps(model.config.to_dict(), default=str),
         "attention": model.config._attn_implementation,
         "random": torch.get_rng_state(),
@@ -251,11 +252,10 @@ def test_completions_end_where_they_end(adapted, pad):
     model.generation_config.eos_token_id = ends
     found = sampling.sample(model, tokens, CHAT, 8, max_new_tokens=12, seed=2)
     flat = [ids for group in found.ids for ids in group]
-    finished = [done for group in found.finished for done in group]
+    finished = [ids[-1] in ends for ids in flat]
     assert {True, False} == set(finished)
     for ids, done in zip(flat, finished, strict=True):
         assert not set(ids[:-1]) & set(ends)
-        assert (ids[-1] in ends) == done
         assert len(ids) <= 12 and (done or len(ids) == 12)
     texts = [text for group in found.texts for text in group]
     assert texts == tokens.batch_decode(flat, skip_special_tokens=True)
@@ -263,7 +263,7 @@ def test_completions_end_where_they_end(adapted, pad):
 
 
 def test_no_prompts_no_completions(adapted):
-    assert sampling.sample(*adapted, []) == sampling.Completions([], [], [])
+    assert sampling.sample(*adapted, []) == sampling.Completions([], [])
 
 
 def test_a_bar_on_request(adapted, capsys):
@@ -332,7 +332,7 @@ def test_lora_is_merged_in_float32_and_if_it_is_on(adapted):
     model, _ = adapted
 
     def merged(model):
-        return [layer.merged for layer in decoding.lora_layers(decoding.view(model))]
+        return [layer.merged for layer in lora_layers(decoding.view(model)).values()]
 
     assert all(merged(model))
     assert not any(merged(copy.deepcopy(model).to(torch.bfloat16)))
@@ -380,7 +380,7 @@ def test_a_model_that_has_diverged_is_an_error(adapted):
 
 def train(folder, out, rollout):
     """Three steps of GRPO from one seed; every second completion of a group gets the reward."""
-    model, tokens = models.load_model(folder, lora=models.LoRA(rank=4))
+    model, tokens = load_model(folder, lora=LoRA(rank=4))
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 

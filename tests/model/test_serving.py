@@ -11,7 +11,8 @@ import urllib.request
 import pytest
 import tiny
 
-from rlnb.model import load as models, sampling, serving
+from rlnb.model import sampling, serving
+from rlnb.model.load import load_model
 from rlnb.tools.setup import ROOT
 
 READY = """
@@ -27,7 +28,6 @@ CHAT = [{"role": "user", "content": "Anna has 12 apples and buys 5 more. How man
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    models.backend()
     return tiny.make(tmp_path_factory.mktemp("models") / "tiny")
 
 
@@ -36,11 +36,11 @@ def started(monkeypatch):
     """The processes that `serve` starts."""
     found, right = [], serving.subprocess.Popen
 
-    def note(*args, **options):
+    def start(*args, **options):
         found.append(right(*args, **options))
         return found[-1]
 
-    monkeypatch.setattr(serving.subprocess, "Popen", note)
+    monkeypatch.setattr(serving.subprocess, "Popen", start)
     return found
 
 
@@ -118,7 +118,7 @@ def test_a_server_ends_with_the_process_that_started_it(folder, tmp_path):
     code = (
         "import sys, time; from rlnb.model import serving\n"
         "serving._server_command = lambda model, port: ["
-        "sys.executable, '-c', serving.LEASH, 'ready', str(port)]\n"
+        "sys.executable, '-c', serving.WATCHDOG, 'ready', str(port)]\n"
         f"with serving.serve({str(folder)!r}) as server: print(server.url, flush=True); input()"
     )
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
@@ -161,7 +161,7 @@ def test_a_real_server_answers_a_chat_call_as_sample_does(folder, started, monke
         with pytest.raises(ProcessLookupError):  # not one of its group is left
             os.killpg(started[0].pid, 0)
     assert not list(tmp_path.rglob(".check_for_update*"))
-    model, tokenizer = models.load_model(folder)
+    model, tokenizer = load_model(folder)
     ours = sampling.sample(
         model, tokenizer, [CHAT], max_new_tokens=12, temperature=0, progress=False
     )

@@ -1,14 +1,14 @@
-"""rlnb.record.runs between notebooks: one call each to compare, to delete, to keep what an interrupted
-training has learnt, and to keep trials apart.
+"""rlnb.record.runs between notebooks: one call each to compare and to delete, and what is left of a
+training that was interrupted.
 """
 
-import threading
+import contextlib
+import json
 
 import pytest
-import tiny
 
 from rlnb.record import runs
-from rlnb.model import load as models
+from rlnb.record.progress import Stopped
 
 
 @pytest.fixture(autouse=True)
@@ -19,35 +19,27 @@ def registry(tmp_path, monkeypatch):
     return tmp_path
 
 
-def made(seed=0, parent=None, method="sft", **config):
+def record(seed=0, parent=None, method="sft", **config):
     with runs.start(method, config=config, seed=seed, parent=parent) as run:
         run.finish(strict={"k": 3, "n": 4})
     return run
 
 
 def test_what_differs_between_runs_is_one_call():
-    a, b = made(rank=8, steps=4, lr=0.1), made(rank=16, steps=4, seed=1)
+    a, b = record(rank=8, max_steps=4, beta=0.1), record(rank=16, max_steps=4, seed=1)
     assert runs.differences([a, b]) == {
-        a.id: {"rank": 8, "lr": 0.1, "seed": 0}, b.id: {"rank": 16, "lr": None, "seed": 1}
+        a.id: {"rank": 8, "beta": 0.1, "seed": 0}, b.id: {"rank": 16, "beta": None, "seed": 1}
     }  # fmt: skip
     assert runs.differences([a]) == {a.id: {}} and runs.differences([]) == {}
-
-
-def test_a_comparison_has_the_differences_and_what_came_of_them():
-    made(rank=8, steps=4), made(rank=16, steps=4)
-    table = runs.compare(runs.find(steps=4))
-    assert [row["rank"] for row in table] == [16, 8]
-    assert {"id", "rank", "status", "seconds", "result.strict"} <= set(table[0])
-    assert not {"seed", "steps", "model"} & set(table[0])
-    assert "75.0 % of 4" in str(table) and "<td>75.0 % of 4</td>" in table._repr_html_()
-    assert str(runs.compare([])) == "no runs"
+    child = record(rank=8, max_steps=4, beta=0.1, parent=a)
+    assert runs.differences([a, child]) == {a.id: {"parent": None}, child.id: {"parent": a.id}}
 
 
 def test_a_deleted_run_is_gone_with_all_its_files(registry):
-    keep, gone = made(), made()
+    keep, gone = record(), record()
     (gone.folder / "adapter").mkdir()
     runs.delete(gone)
-    assert list(registry.iterdir()) == [keep.folder] and [r.id for r in runs.all()] == [keep.id]
+    assert list(registry.iterdir()) == [keep.folder] and [r.id for r in runs.find()] == [keep.id]
     with pytest.raises(FileNotFoundError):
         runs.delete(gone)
 
@@ -56,20 +48,6 @@ def test_a_run_that_still_runs_is_not_deleted():
     with runs.start("sft") as run, pytest.raises(ValueError, match=f"run {run.id} is still running"):
         runs.delete(run)
     runs.delete(run)
-
-
-def test_trials_are_kept_apart_and_only_those_of_this_thread(registry):
-    other = registry / ".trials"
-    with runs.apart(other):
-        trial = made(method="trial")
-        thread = threading.Thread(target=made)
-        thread.start()
-        thread.join()
-    real = made()
-    assert trial.folder.parent == other and [r.id for r in runs.all(other)] == [trial.id]
-    assert len(runs.all()) == 2 and real.folder.parent == registry
-    with pytest.raises(FileNotFoundError):
-        runs.load(trial.id)
 
 
 @pytest.mark.parametrize(
@@ -83,39 +61,45 @@ def test_trials_are_kept_apart_and_only_those_of_this_thread(registry):
 )
 def test_a_run_knows_the_notebook_that_made_it(monkeypatch, session, name):
     monkeypatch.setenv("JPY_SESSION_NAME", session)
-    assert made().notebook == name
+    assert record().notebook == name
     monkeypatch.setenv("RLNB_NOTEBOOK", "08_grpo")
-    assert made().notebook == "08_grpo"
+    assert record().notebook == "08_grpo"
 
 
-def test_an_interrupted_training_keeps_its_adapter_and_a_failed_one_does_not(tmp_path):
-    import torch
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    base = tiny.make(tmp_path / "tiny")
-    rows = Dataset.from_list([{"prompt": "1 + 1", "completion": " = 2"}] * 4)
-
-    class Break(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+@pytest.mark.parametrize(
+    ("error", "status", "calls"),
+    [
+        (KeyboardInterrupt(), "interrupted", 1),
+        (Stopped(), "interrupted", 1),
+        (SystemExit(1), "interrupted", 1),
+        (ValueError("no"), "failed", 0),
+        (None, "done", 0),
+    ],
+)
+def test_what_an_interrupted_training_has_learnt_is_saved_before_the_record_is_closed(error, status, calls):
+    seen = []
+    with contextlib.suppress(BaseException), runs.start("sft") as run:
+        run.on_interrupt = lambda: seen.append((runs.load(run.id).status, run.adapter.mkdir()))
+        if error:
             raise error
+    assert runs.load(run.id).status == status and run.on_interrupt is None
+    assert seen == [("running", None)] * calls and run.adapter.is_dir() == bool(calls)
 
-    for error, status in ((KeyboardInterrupt(), "interrupted"), (RuntimeError("no"), "failed")):
-        model, tokenizer = models.load_model(base, models.LoRA(rank=2))
-        settings = SFTConfig(
-            output_dir=str(tmp_path / "out"), max_steps=3, learning_rate=0.1, report_to="none",
-            save_strategy="no", use_cpu=not torch.cuda.is_available(), logging_steps=1,
-        )  # fmt: skip
-        with pytest.raises(type(error)), runs.start("sft") as run:
-            SFTTrainer(
-                model=model, args=settings, train_dataset=rows, processing_class=tokenizer,
-                callbacks=[run.callback(), Break()],
-            ).train()  # fmt: skip
-        assert runs.load(run.id).status == status
-        assert run.adapter.is_dir() == (status == "interrupted") and run._training is None
-        if status == "interrupted":
-            again, _ = models.load_model(base, run.adapter)
-            now, then = (dict(m.named_parameters()) for m in (again, model))
-            assert all(torch.equal(now[name], then[name]) for name in now)
-            assert any(now[name].abs().max() > 0 for name in now if "lora_B" in name)
+
+@pytest.mark.parametrize("second", [OSError("disk full"), KeyboardInterrupt("again")])
+def test_a_saving_that_fails_hides_nothing(second):
+    def save():
+        raise second
+
+    with pytest.raises(KeyboardInterrupt, match="first"), runs.start("sft") as run:
+        run.on_interrupt = save
+        raise KeyboardInterrupt("first")
+    saved = runs.load(run.id)
+    assert saved.status == "interrupted" and saved.error == "KeyboardInterrupt: first"
+
+
+def test_what_is_for_the_caller_alone_is_not_written():
+    with runs.start("sft") as run:
+        run.report, run.on_interrupt = object(), print
+    assert not {"report", "on_interrupt"} & set(json.loads((run.folder / "run.json").read_text()))
+    assert runs.load(run.id).report is None

@@ -4,6 +4,7 @@ import json
 import math
 import mmap
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -212,7 +213,7 @@ def test_a_crash_while_starting_leaves_no_run(registry):
     assert process.wait() == 9
     assert len(list(registry.iterdir())) == 1
     with warnings.catch_warnings(action="error"):
-        assert runs.all() == []
+        assert runs.find() == []
 
 
 def test_processes_that_start_in_the_same_second_get_their_own_folders(registry):
@@ -229,12 +230,12 @@ def test_processes_that_start_in_the_same_second_get_their_own_folders(registry)
     processes = [python(code) for _ in range(3)]
     with warnings.catch_warnings(action="error"):  # a reader never sees half a run
         while any(process.poll() is None for process in processes):
-            runs.all()
+            runs.find()
     names = [name for process in processes for name in process.communicate()[0].split()]
     assert len(set(names)) == len(names) == 12
     assert sorted(names) == sorted(path.name for path in registry.iterdir())
     assert "20260102-030405-grpo" in names and "20260102-030405-grpo-12" in names
-    assert all(raw(run)["id"] == run.id for run in runs.all())
+    assert all(raw(run)["id"] == run.id for run in runs.find())
 
 
 def test_what_is_broken_is_skipped_with_one_warning_and_what_is_no_run_without(registry):
@@ -244,38 +245,63 @@ def test_what_is_broken_is_skipped_with_one_warning_and_what_is_no_run_without(r
     (registry / "notes" / "a.txt").write_text("a folder without run.json")
     (registry / "README").write_text("not a folder")
     with warnings.catch_warnings(action="error"):
-        assert [r.id for r in runs.all()] == [run.id]
+        assert [r.id for r in runs.find()] == [run.id]
     texts = {"half": '{"schema": 1, "id"', "foreign": "[1]", "newer": '{"schema": 2}'}
     for name, text in texts.items():
         (registry / name).mkdir()
         (registry / name / "run.json").write_text(text)
     with pytest.warns(UserWarning) as caught:
-        found = runs.all()
+        found = runs.find()
     assert [r.id for r in found] == [run.id] and len(caught) == 1
     message = str(caught[0].message)
-    assert "newer (run.json is not of schema 1)" in message
-    assert "foreign (" in message and "half (" in message and "notes" not in message
+    assert f"{registry / 'newer' / 'run.json'} is broken: it is not of schema 1" in message
+    assert "foreign" in message and "half" in message and "notes" not in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"started": 5}, {"started": None}, {"status": ["done"]}, {"config": []}, {"config": None}, {"result": 1},
+        {"timers": []}, {"seconds": "5"}, {"labels": "4"}, {"method": None}, {"model": {}}, {"machine": "cpu"},
+        {"status": "running", "process": {"host": platform.node(), "born": "1"}}, {"status": "running", "process": 5},
+    ],
+)  # fmt: skip
+def test_a_field_of_a_wrong_kind_breaks_that_run_and_no_other(registry, change):
+    """Once one such file made every call on the registry end in a TypeError."""
+    with runs.start("sft", config={"rank": 8}) as run:
+        run.finish(strict={"k": 1, "n": 2})
+    with runs.start("sft") as other:
+        pass
+    (other.folder / "run.json").write_text(json.dumps(raw(other) | change))
+    with pytest.warns(UserWarning, match=f"skipped broken run.*{other.id}.*run.json is broken"):
+        assert [r.id for r in runs.find()] == [run.id]
+    with pytest.warns(UserWarning):
+        assert runs.latest(rank=8).id == run.id
+    with pytest.warns(UserWarning):
+        assert len(runs.table()) == 1
+    with pytest.raises(ValueError, match=r"run\.json is broken: "):
+        runs.load(other.id)
+
+
+def test_of_several_processes_the_first_alone_is_in_the_registry(registry, monkeypatch):
+    with runs.start("sft") as first:
+        monkeypatch.setenv("RANK", "1")
+        with runs.start("sft") as second:
+            second.log(1, loss=0.5)
+            assert second.curve()[0]["loss"] == 0.5
+    assert [run.id for run in runs.find()] == [first.id]
+    assert second.folder.parent == registry / ".others"
 
 
 # --- the curve -----------------------------------------------------------------------------------
 
 
-def test_the_callback_writes_each_log_at_once():
-    from transformers import TrainerControl, TrainerState
-    from transformers.trainer_callback import CallbackHandler
-
+def test_each_log_is_written_at_once():
     with runs.start("grpo") as run:
-        handler = CallbackHandler([run.callback()], None, None, None, None)
-        state = TrainerState(is_world_process_zero=True)
-        control = handler.on_train_begin(None, state, TrainerControl())
-        logs = {"loss": 0.5, "rewards/format_reward/mean": np.float32(0.25), "kl": torch.tensor(0.125),
-                "none": None, "text": "0.5", "many": torch.ones(2)}  # fmt: skip
+        rest = {"rewards/format_reward/mean": np.float32(0.25), "kl": torch.tensor(0.125)}
         for step, loss in enumerate((0.5, math.nan, -math.inf), 1):
-            state.global_step = step
-            handler.on_log(None, state, control, {**logs, "loss": loss})
+            run.log(step, loss=loss, **rest)
             assert len(runs.load(run.id).curve()) == step
-        state.is_world_process_zero = False
-        handler.on_log(None, state, control, logs)
     curve = run.curve()
     seconds = [row.pop("seconds") for row in curve]
     assert seconds == sorted(seconds)
@@ -286,7 +312,7 @@ def test_the_callback_writes_each_log_at_once():
 
 def test_log_refuses_what_is_no_number():
     with runs.start("sft") as run, pytest.raises(TypeError, match=r"note='high' is no number"):
-        run.log(step=1, note="high")
+        run.log(step=1, loss=1.0, note="high")
     assert run.curve() == []
 
 
@@ -328,21 +354,28 @@ def test_load_names_the_newest_when_there_is_none_of_that_id():
         runs.load("x")
 
 
-def test_the_table_is_plain_rows_and_reads_well():
-    assert str(runs.table()) == "no runs" and "no runs" in runs.table()._repr_html_()
-    with runs.start("sft", model="<b>", config={"rate": 1e-3}) as run:
-        run.finish(strict={"k": 262, "n": 500}, kl=0.123456, passes={"1": {"k": 1, "n": 2}})
-    rows = runs.table()
-    assert rows == [{**rows[0]}] and rows[0]["result.strict"] == {"k": 262, "n": 500}
-    assert "seed" not in rows[0]  # no run has one
-    assert "result.passes" not in rows[0]  # too much for a cell
-    header, line = str(rows).splitlines()
-    assert header.split()[:4] == ["id", "method", "model", "status"]
-    assert "52.4 % of 500" in line and "0.1235" in line
-    assert "<td>&lt;b&gt;</td>" in rows._repr_html_()
-    assert runs.table([run], columns=["method", "rate", "kl"]) == [
-        {"method": "sft", "rate": 1e-3, "kl": 0.123456}
+def test_the_table_is_a_dataframe_that_reads_well():
+    assert runs.table().empty and runs.table([]).empty
+    with runs.start("sft", model="m", config={"learning_rate": 1e-3}) as run:
+        run.finish(strict={"k": 262, "n": 500}, kl=0.125, passes={"1": {"k": 1, "n": 2}})
+    with runs.start("dpo", model="m", seed=3, config={"beta": 0.1}) as other:
+        pass
+    table = runs.table()
+    assert list(table["id"]) == [other.id, run.id] and list(table["model"]) == ["m", "m"]
+    assert table["seed"][0] == 3 and str(table["seed"].dtype) == "Int64"  # not 3.0, though one has none
+    assert table["result.strict"][1] == "52.4 % of 500" and table["result.kl"][1] == 0.125
+    assert "train_seconds" not in table  # no run has any
+    assert "result.passes" not in table  # too much for a cell
+    columns = ["method", "config.learning_rate", "kl", "beta", "nothing"]
+    assert list(runs.table([run], columns)) == ["method", "config.learning_rate", "kl"]
+    assert runs.table([run], columns).to_dict("records") == [
+        {"method": "sft", "config.learning_rate": 1e-3, "kl": 0.125}
     ]
+
+
+@pytest.mark.parametrize("value", [{"k": 1, "n": 0}, {"k": "1", "n": 2}, {"k": 1}, {"k": None, "n": 2}, [1, 2], 3])
+def test_what_is_no_proportion(value):
+    assert not runs.is_proportion(value) and runs.is_proportion({"k": 0, "n": 1})
 
 
 def test_the_root_is_the_repository_by_default(monkeypatch):
@@ -350,6 +383,14 @@ def test_the_root_is_the_repository_by_default(monkeypatch):
     assert runs.root() == REPOSITORY / "runs"
 
 
+def test_the_root_is_absolute_whatever_is_given(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for given, place in (("~/runs", tmp_path / "home" / "runs"), ("here", tmp_path / "here")):
+        monkeypatch.setenv("RLNB_RUNS", given)
+        assert runs.root() == place
+
+
 def test_importing_it_is_light():
-    code = "import sys; print(*{'torch', 'transformers', 'numpy', 'psutil'} & set(sys.modules))"
+    code = "import sys; print(*{'torch', 'transformers', 'numpy', 'pandas', 'psutil'} & set(sys.modules))"
     assert python(code).communicate()[0].strip() == ""

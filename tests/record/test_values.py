@@ -1,4 +1,4 @@
-"""How values are written down; tests/test_runs.py has the table and the curve."""
+"""How values are written down; test_runs.py has the curve."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlnb.record import runs
+from rlnb.record.values import jsonable, number
 
 
 class Colour(Enum):
@@ -36,9 +36,16 @@ class Settings:
         (torch.bfloat16, "torch.bfloat16"),
         ({"hub_token": "abc", "eos_token": "</s>"}, {"hub_token": "<hidden>", "eos_token": "</s>"}),
         ({"hub_token": None}, {"hub_token": None}),
+        ([{"token": "a"}, {"hf_token": "b"}], [{"token": "<hidden>"}, {"hf_token": "<hidden>"}]),
+        ({"max_tokens": 8, "data": {"key": "c"}}, {"max_tokens": 8, "data": {"key": "c"}}),
     ],
 )
 def test_values_become_json(value, expected):
-    found = runs.jsonable(value)
+    found = jsonable(value)
     assert found == expected
     json.dumps(found, allow_nan=False)
+
+
+def test_numbers_are_what_one_value_is():
+    given = [1, 0.5, True, np.float32(0.5), torch.tensor([2]), "1", None, torch.ones(2), np.ones(3)]
+    assert list(map(number, given)) == [1, 0.5, True, 0.5, 2, None, None, None, None]

@@ -12,11 +12,16 @@ import time
 
 import pytest
 
-from rlnb.show import forecast, live, run_table, widgets
-from rlnb.record import runs
-from rlnb.train import recipes, methods as training
-from rlnb.model import memory, load as models
-from rlnb.show.panel import Panel
+from rlnb.model import LoRA, load_model, memory, trainable
+from rlnb.model.adapters import base_name, resolve
+from rlnb.profiles import model_name
+from rlnb.record import progress, runs
+from rlnb.show import forecast, live, run_table
+from rlnb.show.panel import Panel, panel
+from rlnb.train import methods
+from rlnb.train.recipes import adapter, recipe
+
+BATCH = "per_device_train_batch_size"
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +32,7 @@ def smoke(monkeypatch, tmp_path):
     monkeypatch.delenv("RLNB_MODEL", raising=False)
 
 
-def until(holds, seconds=60):
+def until(holds, seconds=120):
     """Waits for what a thread does."""
     for _ in range(seconds * 50):
         if holds():
@@ -38,185 +43,197 @@ def until(holds, seconds=60):
 
 def record(method="sft", strict=None, seconds=4.0, step=0.5, **changes):
     """A run as the registry has it, without a training: `seconds` long, `step` seconds a step."""
-    recipe = recipes.recipe(method, **changes)
-    model = recipes.model_name()
-    with runs.start(method, model=model, config=recipe, seed=0) as run:
-        for n in range(1, recipe.steps + 1):
+    config = recipe(method) | {"rank": 16, "alpha": 32} | changes
+    with runs.start(method, model=base_name(resolve(model_name())), config=config, seed=0) as run:
+        for n in range(1, config["max_steps"] + 1):
             run.log(n, loss=1 / n, mean_token_accuracy=0.5)
         if strict is not None:
             run.finish(strict={"k": strict, "n": 100})
     lines = [row | {"seconds": 1 + step * i} for i, row in enumerate(run.curve())]
     (run.folder / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    file = run.folder / "run.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": seconds}))
+    change(run, seconds=seconds)
     return runs.load(run.id)
+
+
+def change(run, **values):
+    file = run.folder / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def cells(panel):
     """The table's rows as text, from left to right, and its buttons."""
-    width = len(run_table.COLUMNS) + 2
+    width = len(run_table.COLUMNS)
     children = panel.table.box.children
     found = [children[i : i + width] for i in range(0, len(children), width)]
-    return [[getattr(c, "value", None) or getattr(c, "description", "") for c in row] for row in found]
+    return [[plain(getattr(c, "description", "") or str(c.value)) for c in row] for row in found]
 
 
 def plain(html):
     return re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", html)).strip()
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The labels of each drawing."""
+    found, draw = [], live.curves_html
+    monkeypatch.setattr(live, "curves_html", lambda curves, *a: found.append(list(curves)) or draw(curves, *a))
+    return found
+
+
 # --- knobs ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", training.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_each_method_gets_its_own_knobs(method):
-    panel = Panel(method, trials=False)
-    own = {"sft": {"demonstrations"}, "dpo": {"pairs", "beta"}, "grpo": {"group", "temperature"},
-           "ppo": {"kl_coef", "epochs"}}.get(method, set())  # fmt: skip
-    assert {"rank", "max_lora_rank", "learning_rate", "steps", "batch", "seed"} | own <= set(panel.knobs)
-    assert panel.recipe == recipes.recipe(method)
+    panel = Panel(method)
+    own = {"sft": {"alpha"}, "dpo": {"beta"}, "grpo": {"num_generations", "temperature"}, "orpo": {"alpha"},
+           "ppo": {"kl_coef", "num_ppo_epochs", "lam"}, "reward_model": {"alpha"}}.get(method, set())  # fmt: skip
+    always = {"rank", "max_lora_rank", "learning_rate", "max_steps", BATCH, "seed"}
+    assert always | own <= set(panel.knobs)
+    assert panel.settings == recipe(method) and panel.adapter == adapter(method)
     assert all(knob.description and len(knob.options) > 1 for knob in panel.knobs.values())
-    assert panel.problems() == {} and not panel.buttons["run"].disabled
+    assert panel.problem() == "" and not panel.buttons["run"].disabled
 
 
 def test_a_rate_is_moved_on_a_log_scale():
-    rates = [value for _, value in Panel("sft", trials=False).knobs["learning_rate"].options]
+    rates = [value for _, value in Panel("sft").knobs["learning_rate"].options]
     assert all(1.1 < b / a < 1.8 for a, b in itertools.pairwise(rates))
     assert rates[0] <= 2e-5 and rates[-1] >= 0.05
 
 
 def test_ranks_are_those_that_the_model_permits():
-    panel = Panel("sft", trials=False)
+    panel = Panel("sft")
     assert [value for _, value in panel.knobs["rank"].options] == [1, 2, 4, 8, 16, 32, 64, 128]
     assert forecast.narrowest("abacus-3m") == 128
+    panel.set(rank=256, max_lora_rank=256)
+    assert "above 128, the smallest width" in panel.costs.value and panel.buttons["run"].disabled
 
 
-def test_an_invalid_pair_of_ranks_is_said_at_the_slider_and_does_not_run():
-    panel = Panel("sft", trials=False)
+def test_an_invalid_pair_of_ranks_is_said_and_does_not_run():
+    panel = Panel("sft")
     panel.knobs["rank"].value = 128
-    assert "LoRA rank 128 is above max_lora_rank 64" in panel.notes["rank"].value
+    assert "LoRA rank 128 is above max_lora_rank 64" in panel.costs.value
     assert panel.buttons["run"].disabled and not panel.run() and panel.ended.is_set()
+    assert "LoRA rank 128 is above max_lora_rank 64" in panel.status.value
     panel.knobs["max_lora_rank"].value = 128
-    assert panel.notes["rank"].value == "" and not panel.buttons["run"].disabled
+    assert "above" not in panel.costs.value and not panel.buttons["run"].disabled
     panel.knobs["max_lora_rank"].value = 8
-    assert "LoRA rank 128 is above max_lora_rank 8" in panel.notes["rank"].value
+    assert "LoRA rank 128 is above max_lora_rank 8" in panel.costs.value
     panel.reset()
-    assert panel.recipe == recipes.recipe("sft") and panel.notes["rank"].value == ""
+    assert panel.settings == recipe("sft") and "trains 299,008 parameters" in plain(panel.costs.value)
 
 
 def test_settings_that_exclude_each_other_are_said_too():
-    panel = Panel("grpo", trials=False)
-    panel.knobs["batch"].value = 8
-    panel.knobs["group"].value = 32
-    assert "batch=8" in panel.notes["batch"].value and panel.buttons["run"].disabled
-    assert not panel.run() and "batch=8" in panel.status.value
+    panel = Panel("grpo")
+    panel.set(per_device_train_batch_size=8, num_generations=32)
+    assert "32" in panel.costs.value and panel.buttons["run"].disabled
+    assert not panel.run() and "32" in panel.status.value
 
 
 def test_knobs_take_what_they_do_not_offer():
-    panel = Panel("sft", recipe=recipes.recipe("sft", steps=7), seed=23, trials=False)
-    assert panel.knobs["steps"].value == 7 and panel.knobs["seed"].value == 23
-    panel.set(learning_rate=1.234e-3, steps=3)
-    assert panel.recipe.learning_rate == 1.234e-3 and panel.recipe.steps == 3
+    panel = Panel("sft", max_steps=7, seed=23)
+    assert panel.knobs["max_steps"].value == 7 and panel.knobs["seed"].value == 23
+    panel.set(learning_rate=1.234e-3, max_steps=3)
+    assert panel.settings["learning_rate"] == 1.234e-3 and panel.settings["max_steps"] == 3
     with pytest.raises(KeyError):
         panel.set(warp=9)
+
+
+def test_alpha_is_a_knob_where_an_adapter_is_new_and_its_scale_is_told():
+    panel = Panel("sft")
+    assert "alpha / r = 32 / 16 = 2" in plain(panel.costs.value)
+    panel.set(rank=64)
+    assert "alpha / r = 32 / 64 = 0.5" in plain(panel.costs.value)
+    panel.set(alpha=128)
+    assert "alpha / r = 128 / 64 = 2" in plain(panel.costs.value)
+    assert "alpha" not in Panel("dpo").knobs and "alpha" in Panel("dpo", start="base").knobs
+
+
+def test_a_saved_adapter_keeps_its_rank_and_its_scale(tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    saved = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(saved))
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    panel = Panel("dpo", start=folder)
+    assert not {"rank", "alpha"} & set(panel.knobs) and "alpha / r = 8 / 4 = 2" in plain(panel.costs.value)
+    panel.set(max_lora_rank=1)
+    assert "LoRA rank 4 is above max_lora_rank 1" in panel.costs.value
 
 
 # --- forecast ------------------------------------------------------------------------------------
 
 
 def test_trainable_parameters_are_told_exactly_at_every_move():
-    panel = Panel("sft", trials=False)
+    panel = Panel("sft")
     for rank in (1, 8, 128):
         panel.set(rank=rank, max_lora_rank=128)
-        model, _ = models.load_model("abacus-3m", models.LoRA(rank=rank), max_lora_rank=128)
-        assert f"trains {models.trainable(model)[0]:,} parameters" in plain(panel.costs.value)
+        model, _ = load_model("abacus-3m", LoRA(rank=rank), max_lora_rank=128)
+        assert f"trains {trainable(model)[0]:,} parameters" in plain(panel.costs.value)
 
 
-def test_time_comes_from_earlier_runs_and_grows_with_the_steps():
-    panel = Panel("sft", trials=False)
-    assert "not known yet" in panel.costs.value
-    record(seconds=3.0, step=0.5, steps=4, strict=50)  # 0.5 before, 4 steps, 0.5 after, for 16 problems
-    panel = Panel("sft", trials=False)
-    panel.set(steps=100)
-    cost = forecast.forecast(panel.recipe)
-    assert cost.step == pytest.approx(0.5) and cost.seconds == pytest.approx(0.5 + 50 + 0.5) and cost.exact
-    assert "takes 51 s , 100 steps of 0.5 s" in plain(panel.costs.value)
-    panel.set(batch=64)
-    cost = forecast.forecast(panel.recipe)
-    assert cost.step == pytest.approx(2.0) and not cost.exact
-    assert "from runs of other sizes" in panel.costs.value
+def test_time_comes_from_an_earlier_run_and_grows_with_steps_and_batch():
+    assert "time not known before the first run" in Panel("sft").costs.value
+    record(seconds=3.0, step=0.5, max_steps=4, strict=50)  # 0.5 before, 4 steps, 0.5 after
+    panel = Panel("sft")
+    panel.set(max_steps=100)
+    assert panel.timing.of(panel.settings) == (pytest.approx(0.5), pytest.approx(0.5 + 50 + 0.5))
+    assert "takes about 51 s , 100 steps of 0.5 s" in plain(panel.costs.value)
+    panel.set(per_device_train_batch_size=64)
+    assert panel.timing.of(panel.settings)[0] == pytest.approx(2.0)
 
 
-def test_timings_are_of_this_model_profile_method_and_of_runs_that_ended_well(monkeypatch):
-    run = record(seconds=3.0, steps=4)
-    assert len(forecast.timings("sft")) == len(forecast.timings(None)) == 1
-    assert forecast.timings("dpo") == []
-    monkeypatch.setenv("RLNB_MODEL", "other")
-    assert forecast.timings("sft") == []
+def test_a_timing_is_of_this_model_profile_method_and_of_a_run_that_ended_well(monkeypatch):
+    run = record(seconds=3.0, max_steps=4)
+    assert forecast.timing("sft") and forecast.timing("dpo") is None
+    monkeypatch.setenv("RLNB_MODEL", "somebody/model")
+    assert forecast.timing("sft") is None
     monkeypatch.delenv("RLNB_MODEL")
-    for change in ({"status": "interrupted"}, {"profile": "cpu"}, {"machine": {"platform": "other"}}):
-        file = run.folder / "run.json"
-        before = file.read_text()
-        file.write_text(json.dumps(json.loads(before) | change))
-        assert forecast.timings("sft") == []
-        file.write_text(before)
-    assert len(forecast.timings("sft")) == 1
-
-
-def test_a_kl_makes_other_steps_and_a_learning_rate_does_not():
-    record("grpo", seconds=5.0, steps=4)
-    assert forecast.forecast(recipes.recipe("grpo", learning_rate=1e-5, steps=9)).exact
-    assert not forecast.forecast(recipes.recipe("grpo", beta=0.1)).exact
+    before = json.loads((run.folder / "run.json").read_text())
+    for other in ({"status": "interrupted"}, {"profile": "cpu"}, {"machine": {"platform": "other"}}):
+        change(run, **other)
+        assert forecast.timing("sft") is None
+        change(run, **before)
+    assert forecast.timing("sft")
 
 
 def test_memory_grows_with_batch_and_rank_and_holds_what_the_process_has():
-    small, large = (forecast.forecast(recipes.recipe("dpo", batch=b)) for b in (4, 64))
-    assert large.memory > 4 * small.memory
-    assert small.peak - small.memory > 50 * memory.MB
-    wide = forecast.forecast(recipes.recipe("dpo", batch=4, rank=64))
-    assert wide.memory > small.memory and wide.trainable == 4 * small.trainable
-
-
-def test_a_move_far_from_all_timings_has_some_steps_timed():
-    panel = Panel("sft")
-    panel.box._view_count = 1  # a front end shows it
-    until(lambda: "steps of" in panel.costs.value)
-    (trial,) = runs.all(runs.root() / ".trials")
-    assert trial.status == "done" and not trial.adapter.exists() and runs.all() == []
-    assert forecast.forecast(panel.recipe).exact
-    panel.knobs["learning_rate"].value = 1e-3
-    assert not panel.trial.timer.is_alive()
+    (few, small), (_, large) = (forecast.training("dpo", "abacus-3m", 16, rows, None) for rows in (4, 64))
+    assert large > 4 * small and forecast.held() > 50 * memory.MB
+    many, wide = forecast.training("dpo", "abacus-3m", 64, 4, None)
+    assert wide > small and many == 4 * few
 
 
 # --- runs ----------------------------------------------------------------------------------------
 
 
-def test_a_run_from_click_to_table():
-    panel = Panel("sft", trials=False)
-    panel.set(learning_rate=1e-3, steps=4, rank=8)
+def test_a_run_from_click_to_table(drawn):
+    panel = Panel("sft")
+    panel.set(learning_rate=1e-3, max_steps=4, rank=8, alpha=16)
     panel.buttons["run"].click()
     assert panel.buttons["run"].disabled and not panel.buttons["stop"].disabled
     until(panel.ended.is_set)
     run = panel.last
     assert run.status == "done" and run.adapter.is_dir() and len(run.curve()) >= 4
-    assert run.config["rank"] == 8 and run.config["learning_rate"] == 1e-3
+    assert run.config["rank"] == 8 and run.config["alpha"] == 16 and run.config["learning_rate"] == 1e-3
     assert run.notebook == "02_sft"
     assert run_table.held_out(run) in panel.status.value and "%" in panel.status.value
-    assert "<svg" in panel.plot.value
+    assert "<img" in panel.plot.value and len(drawn) > 1 and drawn[-1] == [run_table.clock(run)]
     header, row = cells(panel)
-    assert [plain(name) for name in header[1:7]] == ["run ▾", *list(run_table.COLUMNS)[1:]]
-    assert plain(row[3]) == run_table.held_out(run) and plain(row[6]) == "done"
+    assert header == list(run_table.COLUMNS)
+    assert row[3] == run_table.held_out(run) and row[6:] == ["done", "Delete"]
     assert not panel.buttons["run"].disabled and panel.buttons["stop"].disabled
-    assert "parameters" in panel.said  # load_model's line, which nobody printed into a cell
+    assert "parameters" in panel.printed  # load_model's line, which nobody printed into a cell
 
 
 def test_the_kernel_is_free_and_a_second_run_is_refused(capsys):
-    panel, other = Panel("sft", trials=False), Panel("orpo", trials=False)
-    panel.set(steps=100)
+    panel, other = Panel("sft"), Panel("orpo")
+    panel.set(max_steps=100)
     assert panel.run()
     until(lambda: panel.rows)
     print("meanwhile")
     assert not panel.run() and not other.run()
-    assert "A run is going in this kernel" in other.notes["batch"].value
+    assert "A run is going in this kernel" in other.status.value
     assert other.ended.is_set() and other.last is None
     panel.buttons["stop"].click()
     panel.wait()
@@ -224,8 +241,8 @@ def test_the_kernel_is_free_and_a_second_run_is_refused(capsys):
 
 
 def test_stop_keeps_what_was_learnt():
-    panel = Panel("dpo", trials=False, start="base")
-    panel.set(steps=200)
+    panel = Panel("dpo", start="base")
+    panel.set(max_steps=200)
     panel.run()
     until(lambda: len(panel.rows) >= 2)
     panel.stop()
@@ -234,18 +251,17 @@ def test_stop_keeps_what_was_learnt():
     assert run.status == "interrupted" and "stopped at step" in run.error
     assert "Stopped at step" in panel.status.value and "of 200" in panel.status.value
     assert 2 <= len(run.curve()) < 100
-    model, _ = models.load_model("abacus-3m", run.adapter)
+    model, _ = load_model("abacus-3m", run.adapter)
     weights = [p for name, p in model.named_parameters() if "lora_B" in name]
     assert any(weight.abs().max() > 0 for weight in weights)
-    assert plain(cells(panel)[1][6]) == "interrupted"
-    panel.set(steps=2)
+    assert cells(panel)[1][6] == "interrupted"
+    panel.set(max_steps=2)
     assert panel.run(wait=True) and panel.last.status == "done"
 
 
 def test_ctrl_c_in_a_cell_that_waits_stops_the_run():
-    panel = Panel("sft", trials=False)
-    panel.set(steps=300)
-
+    panel = Panel("sft")
+    panel.set(max_steps=300)
 
     def press():
         until(lambda: panel.rows)
@@ -257,104 +273,90 @@ def test_ctrl_c_in_a_cell_that_waits_stops_the_run():
     assert panel.last.status == "interrupted" and panel.last.adapter.is_dir()
 
 
-def test_an_error_is_shown_and_the_panel_goes_on():
-    def broken(seed, recipe):
+def test_an_error_is_shown_and_the_panel_goes_on(monkeypatch):
+    def broken(method, **arguments):
         raise ValueError("no data <here>")
 
-    panel = Panel("sft", train=broken, trials=False)
+    panel, train = Panel("sft"), methods.train
+    monkeypatch.setattr(methods, "train", broken)
     panel.run(wait=True)
-    assert "ValueError: no data &lt;here&gt;" in panel.status.value
-    panel.train = training.sft
+    assert "ValueError: no data &lt;here&gt;" in panel.status.value and panel.last is None
+    monkeypatch.setattr(methods, "train", train)
     assert panel.run(wait=True) and panel.last.status == "done"
 
 
 def test_what_a_run_starts_from_is_made_first_at_its_rank_and_shown():
-    panel = Panel("dpo", trials=False)
+    panel = Panel("dpo")
     seen = []
     panel.status.observe(lambda change: seen.append(change["new"]), "value")
     panel.set(rank=8)
+    assert "before that an SFT run of this rank" in panel.costs.value
     panel.run(wait=True)
     sft = runs.latest(method="sft")
     assert panel.last.parent == sft.id and sft.config["rank"] == 8
     assert any("First sft, which it starts from" in text for text in seen)
     saved = json.loads((panel.last.adapter / "adapter_config.json").read_text())
     assert saved["r"] == 8 and panel.last.method == "dpo"
+    assert "before that" not in panel.costs.value
 
 
-def test_given_arguments_reach_the_function():
-    pairs = training.gold_pairs().select(range(20))
-    panel = widgets.panel("dpo", trials=False, start="base", pairs=pairs)
-    panel.run(wait=True)
-    assert panel.last.labels == 20 and panel.last.parent is None
+def test_what_is_given_reaches_the_training():
+    pairs = methods.gold_pairs().select(range(20))
+    mine = panel("dpo", start="base", data=pairs, loss_type=["ipo"], problems=())
+    mine.run(wait=True)
+    assert mine.last.labels == 20 and mine.last.parent is None and mine.last.config["loss_type"] == ["ipo"]
+    assert "not measured" in mine.status.value
 
 
 # --- earlier runs --------------------------------------------------------------------------------
 
 
-def test_earlier_runs_of_this_notebook_are_drawn_with_what_differs(monkeypatch):
+def test_earlier_runs_of_this_notebook_are_drawn_with_what_differs(monkeypatch, drawn):
     record(learning_rate=1e-3)
     record(learning_rate=1e-3, rank=4)
     monkeypatch.setenv("RLNB_NOTEBOOK", "other")
     record(rank=2)
     monkeypatch.setenv("RLNB_NOTEBOOK", "02_sft")
-    panel = Panel("sft", trials=False)
+    panel = Panel("sft")
     assert len(panel.table.runs) == 2
-    assert "rank 16" in panel.plot.value and "rank 4" in panel.plot.value
-    assert "rate" not in plain(panel.plot.value)  # it is the same in both
+    assert drawn[-1] == ["rank 16", "rank 4"]  # the rate is the same in both
+    assert [row[2] for row in cells(panel)[1:]] == ["rank 4", "rank 16"]
 
 
-def test_runs_are_hidden_and_come_back():
-    panel_runs = [record(rank=rank) for rank in (1, 2, 4)]
-    panel = Panel("sft", trials=False)
-    tick = panel.table.box.children[len(run_table.COLUMNS) + 2]  # of the newest
+def test_runs_are_hidden_and_come_back(drawn):
+    recorded = [record(rank=rank) for rank in (1, 2, 4)]
+    panel = Panel("sft")
+    colours = dict(panel.table.colours)
+    tick = panel.table.box.children[len(run_table.COLUMNS)]  # of the newest
     tick.value = False
-    assert "rank 4" not in panel.plot.value and "rank 1" in panel.plot.value
-    assert panel.table.hidden == {panel_runs[-1].id}
+    assert drawn[-1] == ["rank 1", "rank 2"] and panel.table.hidden == {recorded[-1].id}
     tick.value = True
-    assert "rank 4" in panel.plot.value
+    assert drawn[-1] == ["rank 1", "rank 2", "rank 4"] and panel.table.colours == colours
 
 
 def test_only_the_newest_runs_are_ticked_to_begin_with():
-    made = [record(seconds=float(n)) for n in range(run_table.SHOWN + 2)]
-    panel = Panel("sft", trials=False)
-    assert panel.table.hidden == {run.id for run in made[:2]}
-    assert len(cells(panel)) == len(made) + 1
+    recorded = [record(seconds=float(n)) for n in range(run_table.SHOWN + 2)]
+    panel = Panel("sft")
+    assert panel.table.hidden == {run.id for run in recorded[:2]}
+    assert len(cells(panel)) == len(recorded) + 1
 
 
-def test_the_table_is_sorted_by_a_click_on_its_head():
-    for strict, seconds in ((50, 3.0), (70, 1.0), (None, 2.0)):
-        record(strict=strict, seconds=seconds)
-    panel = Panel("sft", trials=False)
-
-    def order(column):
-        heads = panel.table.box.children[1 : 1 + len(run_table.COLUMNS)]
-        next(h for h in heads if h.description.startswith(column)).click()
-        return [run.seconds for run in panel.table.rows()]
-
-    assert [run.seconds for run in panel.table.rows()] == [2.0, 1.0, 3.0]
-    assert order("held out") == [1.0, 3.0, 2.0] and order("held out") == [2.0, 3.0, 1.0]
-    assert order("seconds") == [3.0, 2.0, 1.0]
-    assert plain(cells(panel)[1][4]) == "3"
-    with pytest.raises(KeyError):
-        panel.table.sort("weather")
-
-
-def test_deleting_asks_once_more():
+def test_deleting_asks_once_more(drawn):
     keep, gone = record(rank=4), record(rank=8)
-    panel = Panel("sft", trials=False)
+    panel = Panel("sft")
 
     def press():
-        panel.table.box.children[2 * (len(run_table.COLUMNS) + 2) - 1].click()
+        panel.table.box.children[2 * len(run_table.COLUMNS) - 1].click()
 
     press()
     assert gone.folder.is_dir() and cells(panel)[1][-1] == "Sure?"
     press()
     assert not gone.folder.exists() and [run.id for run in panel.table.runs] == [keep.id]
     assert list(runs.root().iterdir()) == [keep.folder]
-    assert "rank 8" not in panel.plot.value
+    assert drawn[-1] == [run_table.clock(keep)]
 
 
 def test_a_panel_is_a_cells_last_line():
-    assert live.Screen in Panel.__mro__
-    bundle = widgets.panel("sft", trials=False)._repr_mimebundle_()
+    assert progress.Screen in Panel.__mro__
+    bundle = panel("sft")._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle

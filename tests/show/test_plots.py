@@ -77,28 +77,21 @@ PASSES = {"base": {1: (0.27, 0.24, 0.3), 8: (0.8, 0.77, 0.83), 32: (0.99, 0.98, 
           "SFT": {1: (0.5, 0.48, 0.53), 8: (0.85, 0.82, 0.88), 32: (0.98, 0.95, 0.99)},
           "GRPO": {"1": Share(78, 100), "8": Share(90, 100), "32": Share(97, 100)}}  # fmt: skip
 DOTS = {f"method {i}": (7.0 * i or None, Percent(60 + i / 9)) for i in range(11)}
-GROUP = [
-    "<reasoning>12 + 5 = 17; 17 - 3 = 14</reasoning><answer>14</answer>",
-    "It costs $14, not $4",
-]
 FIGURES = {
     "one curve": lambda: plots.curves(Run(), "loss"),
     "curves": lambda: plots.curves(
         {"GRPO from SFT": [Run(), Run()], LONG + "s": Run(), LONG: Run(bad=range(20, 24))},
-        METRICS, title="GRPO on the practice model",
+        METRICS,
     ),
     "five curves": lambda: plots.curves(Run(), {f"{m}": f"a long label for {m}, in its unit (unit)"
                                               for m in (*METRICS, "step")}),
-    "bars": lambda: plots.bars(RESULTS, title="Held-out strict accuracy"),
-    "by kind": lambda: plots.by_kind({"base": Report(1), "SFT": Report(9), "GRPO": Report(25)},
-                                     title="Strict accuracy by kind"),
-    "pass@k": lambda: plots.passk(PASSES, title="What sampling more buys"),
+    "bars": lambda: plots.bars(RESULTS),
+    "by kind": lambda: plots.by_kind({"base": Report(1), "SFT": Report(9), "GRPO": Report(25)}),
+    "pass@k": lambda: plots.passk(PASSES),
     "histogram": lambda: plots.rewards_histogram(
-        {"good": [i / 7 for i in range(50)], "bad": [0, 1]}, title="Scores"
+        {"good": [i / 7 for i in range(50)], "bad": [0, 1]}
     ),
     "discrete": lambda: plots.rewards_histogram({"step 1": [0, 0, 0.2, None, math.nan]}),
-    "advantages": lambda: plots.advantages([1.2, 0.0], GROUP, title="A group of two"),
-    "no contrast": lambda: plots.advantages([1, 1, 1, 1]),
     "lines": lambda: plots.lines({LONG: [(1, 0.2), (64, Share(9, 10))], "other": [(8, 0.1)]},
                                  xlabel="n", ylabel="share (%)", logx=True, percent=True),
     "frontier": lambda: plots.frontier(DOTS, xlabel="time (s)", ylabel="accuracy (%)", logx=True),
@@ -108,10 +101,10 @@ FIGURES = {
 @pytest.fixture(scope="module")
 def figures():
     before = dict(mpl.rcParams)
-    made = {name: make() for name, make in FIGURES.items()}
+    drawn = {name: make() for name, make in FIGURES.items()}
     assert dict(mpl.rcParams) == before  # the user's settings are left alone
     assert plt.get_fignums() == []  # and nothing is shown a second time
-    return made
+    return drawn
 
 
 def boxes(fig):
@@ -120,6 +113,11 @@ def boxes(fig):
     texts = [t for t in fig.findobj(Text) if t.get_text().strip() and t.get_visible()]
     unseen = set(_unseen(fig))
     return [(t.get_text(), t.get_window_extent()) for t in texts if t not in unseen]
+
+
+def legend(fig):
+    """The labels in a figure's legend, from the top."""
+    return [text.get_text() for text in fig.legends[0].get_texts()]
 
 
 def _unseen(fig):
@@ -161,22 +159,18 @@ def test_curves_show_points_average_and_what_is_not_finite(figures):
     assert list(crosses.get_xdata()) == [20, 21, 22, 23] and crosses.get_marker() == "x"
     assert len(points.get_xdata()) == 36 and len(line.get_xdata()) == 40
     assert [math.isnan(y) for y in line.get_ydata()].count(True) == 4
-    labels = [text.get_text() for text in figures["curves"].legends[0].get_texts()]
-    assert labels == ["GRPO from SFT", LONG + "s", LONG]
+    assert legend(figures["curves"]) == ["GRPO from SFT", LONG + "s", LONG]
     assert figures["curves"].axes[2].get_title("left") == "KL to the reference (nats per token)"
 
 
 def test_the_moving_average_is_centred():
-    rows = [{"step": s, "loss": float(s % 2)} for s in range(6)]
-    *_, line = plots.curves(rows, "loss", smooth=3).axes[0].lines
-    assert line.get_ydata() == pytest.approx([1 / 2, 1 / 3, 2 / 3, 1 / 3, 2 / 3, 1 / 2])
-    (line,) = plots.curves(rows, "loss", smooth=1).axes[0].lines
-    assert list(line.get_ydata()) == [0, 1, 0, 1, 0, 1]
-
-
-def test_runs_in_a_list_get_labels():
-    fig = plots.curves([Run("sft", "a"), Run("grpo", "b"), Run("grpo", "c")])
-    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["sft", "b", "c"]
+    """Over a tenth of the points, made odd, and over fewer at the ends."""
+    rows = [{"step": s, "loss": float(s % 2)} for s in range(20)]
+    points, line = plots.curves(rows, "loss").axes[0].lines
+    assert list(points.get_ydata()) == [0, 1] * 10
+    assert list(line.get_ydata()) == pytest.approx([1 / 2, *[1 / 3, 2 / 3] * 9, 1 / 2])
+    (line,) = plots.curves(rows[:19], "loss").axes[0].lines
+    assert list(line.get_ydata()) == [row["loss"] for row in rows[:19]]
 
 
 def test_bars_say_the_figures(figures):
@@ -195,27 +189,18 @@ def test_kinds_are_rows_and_reports_colours(figures):
 
 def test_passk_takes_tuples_objects_and_the_keys_of_json(figures):
     (ax,) = figures["pass@k"].axes
-    assert [list(line.get_ydata()) for line in ax.lines][2] == pytest.approx([78, 90, 97])
+    assert list(ax.lines[2].get_ydata()) == pytest.approx([78, 90, 97])
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "8", "32"]
-    assert ax.get_xscale() == "log" and [t.get_text() for t in ax.texts] == ["base", "SFT", "GRPO"]
+    assert ax.get_xscale() == "log" and legend(figures["pass@k"]) == ["base", "SFT", "GRPO"]
 
 
 def test_histograms_leave_out_what_is_no_number(figures):
     (ax,) = figures["discrete"].axes
-    assert [bar.get_height() for bar in ax.patches] == pytest.approx([200 / 3, 100 / 3])
+    heights = [bar.get_height() for bar in ax.patches]
+    assert [height for height in heights if height] == pytest.approx([200 / 3, 100 / 3])
     assert ax.get_title("left") == "step 1: mean 0.07, n = 3"
     many = figures["histogram"].axes[0].patches
     assert len(many) == 24 and sum(bar.get_height() for bar in many) == pytest.approx(100)
-
-
-def test_advantages_are_those_of_trl(figures):
-    bars = figures["advantages"].axes[1].patches
-    deviation = 0.6 * math.sqrt(2)  # of 1.2 and 0, with n - 1
-    expected = 0.6 / (deviation + 1e-4)
-    assert [bar.get_width() for bar in bars] == pytest.approx([expected, -expected])
-    assert [bar.get_width() for bar in figures["no contrast"].axes[1].patches] == [0] * 4
-    raw = plots.advantages([1.2, 0.0], scale=False).axes[1].patches
-    assert [bar.get_width() for bar in raw] == pytest.approx([0.6, -0.6])
 
 
 @pytest.mark.parametrize(
@@ -232,7 +217,7 @@ def test_errors_say_what_is_wrong(make, message):
 
 
 def test_importing_it_is_light():
-    code = "import sys, rlnb.show.plots; print(*{'matplotlib', 'numpy', 'torch'} & set(sys.modules))"
+    code = "import sys, rlnb.show.plots; print(*{'torch', 'transformers'} & set(sys.modules))"
     root = Path(__file__).resolve().parents[2]
     found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert found.stdout.strip() == "" and found.returncode == 0
@@ -258,5 +243,5 @@ def test_a_label_keeps_its_look_where_another_has_no_place():
         for fig in both
     ]  # fmt: skip
     assert looks[0] == looks[1] and len(looks[0]) == 10 and len(set(looks[0].values())) == 10
-    texts = [{t.get_text() for t in fig.axes[0].texts} for fig in both]
-    assert texts[1] - texts[0] == {"method 0"}
+    assert set(legend(both[1])) - set(legend(both[0])) == {"method 0"}
+    assert legend(both[0])[0] == "method 10"  # the best on top

@@ -1,5 +1,6 @@
 """The task: its splits do not overlap, its files come out byte for byte, its grader holds against hostile text."""
 
+import json
 import random
 import time
 
@@ -90,6 +91,33 @@ def test_a_bad_row_is_named(tmp_path):
     path.write_text(f"{row}\n{row.replace('answer', 'anwser')}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"mine.jsonl, line 2: .*answer"):
         P.load("mine", path)
+
+
+@pytest.mark.parametrize("change", [{"answer": 37.9}, {"answer": True}, {"trace": "1 + 1 = 2"}])
+def test_a_field_of_another_type_is_refused(change, tmp_path):
+    row = json.loads((P.DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row | change), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"mine.jsonl, line 1: the answer must be a whole number"):
+        P.load("mine", tmp_path / "mine.jsonl")
+
+
+def test_byte_order_marks_and_odd_line_ends_are_read(tmp_path):
+    row = json.loads((P.DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    row["question"] += "\u2028"  # to str.splitlines the end of a line
+    text = "\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n\n"
+    (tmp_path / "mine.jsonl").write_bytes(text.encode())
+    assert P.load("mine", tmp_path / "mine.jsonl")[0].question == row["question"]
+
+
+def test_models_that_know_no_format_are_told_it(monkeypatch):
+    problem = P.load("train")[0]
+    user = {"role": "user", "content": problem.question}
+    monkeypatch.setenv("RLNB_MODEL", "abacus-3m")
+    assert P.prompt(problem) == [user]
+    monkeypatch.setenv("RLNB_MODEL", "some/model")
+    assert P.prompt(problem) == [{"role": "system", "content": P.SYSTEM}, user]
+    assert P.prompt(problem, "") == [user]
+    assert P.prompt(problem, "Be brief.")[0] == {"role": "system", "content": "Be brief."}
 
 
 # --- gold and careless ---------------------------------------------------------------------------

@@ -1,12 +1,19 @@
-"""The training functions on the practice model, in the smoke profile: real runs of two steps."""
+"""Every method on the practice model, in the smoke profile: real runs of two steps."""
 
-import argparse
+import os
+import subprocess
+import sys
 
 import pytest
 
-from rlnb import __main__
+from rlnb.data import shapes
+from rlnb.measure import evaluate
 from rlnb.record import runs
-from rlnb.train import recipes, methods as training
+from rlnb.task import problems
+from rlnb.task.rewards import RewardError
+from rlnb.tools.setup import ROOT
+from rlnb.train import methods, recipes
+from rlnb.train.methods import find, find_or_train_sft, gold_pairs, train
 
 
 @pytest.fixture(autouse=True)
@@ -17,92 +24,103 @@ def smoke(monkeypatch, tmp_path):
 
 
 def test_grpo_starts_from_the_usual_sft_run_and_from_no_other():
-    usual = training.sft()
-    other = training.sft(recipe=recipes.recipe("sft", learning_rate=1e-5))
+    usual = train("sft")
+    slow = train("sft", learning_rate=1e-5)
+    other = train("sft", data=shapes.prompt_completion(problems.load("demonstrations")[:16]))
     assert runs.latest(method="sft").id == other.id
-    assert training.find_or_train_sft(0).id == usual.id
-    run = training.grpo()
-    assert run.parent == usual.id
-    assert run.status == "done" and run.adapter.is_dir()
-    assert run.result["strict"]["n"] == recipes.recipe("grpo").test_problems
-    assert usual.labels == recipes.recipe("sft").demonstrations
+    assert find_or_train_sft(0).id == usual.id and find("sft", learning_rate=1e-5).id == slow.id
+    run = train("grpo")
+    assert run.parent == usual.id and run.status == "done" and run.adapter.is_dir()
+    assert run.result["strict"]["n"] == len(evaluate.held_out()) == len(run.report.rows)
+    assert usual.labels == 16 and run.labels == 0
 
 
 def test_grpo_from_the_base_has_no_parent_and_takes_other_rewards():
     def constant(completions, **columns):
         return [0.5] * len(completions)
 
-    run = training.grpo(start="base", reward_weights={constant: 2.0})
+    run = train("grpo", start="base", reward=constant, reward_weights=[2.0])
     assert run.parent is None
     rows = [row for row in run.curve() if "reward" in row]
     assert all(row["reward"] == 1.0 and row["frac_reward_zero_std"] == 1.0 for row in rows)
 
 
-def test_an_adapter_that_is_not_there_is_named():
+@pytest.mark.parametrize("method", ["grpo", "rloo", "ppo"])
+def test_a_reward_that_is_no_number_ends_the_run(method):
+    def broken(completions, **columns):
+        return [float("nan")] * len(completions)
+
+    with pytest.raises(RewardError, match="'broken' returned nan"):
+        train(method, start="base", reward=broken)
+    assert [run.status for run in runs.find()] == ["failed"]
+
+
+def test_mistakes_are_named_before_anything_is_made():
     with pytest.raises(FileNotFoundError, match="there is no adapter 'nowhere'"):
-        training.grpo(start="nowhere")
-    assert not runs.all()
+        train("grpo", start="nowhere")
+    with pytest.raises(ValueError, match="method is 'dqn': it must be one of sft, "):
+        train("dqn")
+    with pytest.raises(TypeError, match="DPOConfig has no argument lr"):
+        train("dpo", lr=1.0)
+    with pytest.raises(ValueError, match="sft starts from the base, and start is 'nowhere'"):
+        train("sft", start="nowhere")
+    with pytest.raises(ValueError, match="data has no rows for dpo"):
+        train("dpo", data=gold_pairs().select(range(0)))
+    assert not runs.find()
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
 def test_preferences_train_from_the_shipped_responses(method):
-    run = training.METHODS[method]()
-    recipe = recipes.recipe(method)
+    run = train(method)
     assert run.status == "done" and run.adapter.is_dir()
-    assert run.labels == recipe.pairs * (2 if method == "kto" else 1)
+    assert run.labels == 32 * (2 if method == "kto" else 1)
     assert (run.parent is None) == (method == "orpo")  # which starts from the base
-    assert run.result["strict"]["n"] == recipe.test_problems
     losses = [row["loss"] for row in run.curve() if "loss" in row]
     if method == "dpo":  # policy and reference agree at the start
         assert losses[0] == pytest.approx(0.6931, abs=0.01)
 
 
+def test_the_record_says_what_was_used():
+    run = train("dpo", beta=0.5)
+    usual = recipes.recipe("dpo") | {"beta": 0.5, "rank": 16, "alpha": 32}
+    assert {name: run.config[name] for name in usual} == usual
+    other = train("dpo", data=gold_pairs().select(range(16)))
+    assert other.config["data"] != run.config["data"]
+    assert runs.load(run.id).config == run.config
+
+
 def test_a_reward_model_is_judged_on_prompts_that_it_has_not_seen():
-    run = training.reward_model()
-    assert run.adapter.is_dir()
-    train, unseen = training.gold_pairs(), training.gold_pairs(held_out=True)
-    assert not set(train["id"]) & set(unseen["id"])
+    run = train("reward_model")
+    assert run.adapter.is_dir() and (run.config["rank"], run.config["alpha"]) == (64, 128)
+    seen, unseen = gold_pairs(), gold_pairs(held_out=True)
+    assert not set(seen["id"]) & set(unseen["id"])
     assert run.result["pair_accuracy"]["n"] == len(unseen)
 
 
-def test_the_reward_model_that_ships_is_the_judge(monkeypatch):
-    assert training.judge() == training.REWARD_MODEL
-    assert (training.REWARD_MODEL / "adapter_config.json").is_file()
-    assert not runs.all()  # nothing was trained for it
+def test_the_reward_model_that_ships_is_the_judge():
+    assert methods.judge() == methods.REWARD_MODEL
+    assert (methods.REWARD_MODEL / "adapter_config.json").is_file()
+    assert not runs.find()  # nothing was trained for it
 
 
 @pytest.mark.parametrize("method", ["ppo", "rloo"])
 def test_rlhf_learns_from_the_judge(method):
-    run = training.METHODS[method]()
+    run = train(method)
     assert run.status == "done" and run.adapter.is_dir() and run.parent
     name = {"ppo": "rewards/reward-model/mean", "rloo": "rewards/reward_model/mean"}[method]
-    assert len([row for row in run.curve() if name in row]) == recipes.recipe(method).steps
+    assert len([row for row in run.curve() if name in row]) == recipes.recipe(method)["max_steps"]
 
 
-def test_the_command_line_knows_every_method():
-    assert set(__main__.METHODS) == set(training.METHODS)
+def test_a_rank_that_rollouts_cannot_serve_is_refused_before_anything_is_loaded():
+    from rlnb.model import LoRA
 
-
-def test_sft_takes_other_data():
-    pairs = training.gold_pairs().select(range(16))
-    data = pairs.remove_columns("rejected").rename_column("chosen", "completion")
-    assert training.sft(data=data).labels == 16
-
-
-def test_methods_that_start_from_the_base_take_no_other_start(capsys):
-    arguments = argparse.Namespace(method="sft", seed=0, start="base")
-    with pytest.raises(SystemExit, match="sft starts from the base: leave --from out"):
-        training.main(arguments)
+    with pytest.raises(ValueError, match="LoRA rank 128 is above max_lora_rank 64"):
+        train("grpo", start="base", lora=LoRA(rank=128))
+    assert not runs.find()
 
 
 def test_two_processes_make_one_run(tmp_path):
     """The README's command, in the smoke profile on two CPU processes."""
-    import os
-    import subprocess
-    import sys
-
-    from rlnb.tools.setup import ROOT
-
     own = {"RLNB_PROFILE": "smoke", "RLNB_RUNS": str(tmp_path), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",

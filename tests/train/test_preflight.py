@@ -5,27 +5,16 @@ import warnings
 import pytest
 import tiny
 
-from rlnb.tools import check_machine as checkup
-from rlnb.model import load as models
+from rlnb import machine
 from rlnb.data import preferences
+from rlnb.model import LoRA, load_model, reward_model, sampling
+from rlnb.train import preflight
+from rlnb.train.methods import METHODS
 
-models.backend()
-from datasets import Dataset, concatenate_datasets  # noqa: E402
-from trl import (  # noqa: E402
-    DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RewardConfig,
-    RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer,
-)  # fmt: skip
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
+from datasets import Dataset, concatenate_datasets
 
-from rlnb.train import ppo, preflight  # noqa: E402
-from rlnb.model import reward_model as reward_models, sampling  # noqa: E402
-
-LORA = models.LoRA(rank=4, alpha=16)
-TRAINERS = {
-    "sft": (SFTTrainer, SFTConfig), "reward": (RewardTrainer, RewardConfig), "dpo": (DPOTrainer, DPOConfig),
-    "kto": (KTOTrainer, KTOConfig), "orpo": (ORPOTrainer, ORPOConfig), "grpo": (GRPOTrainer, GRPOConfig),
-    "rloo": (RLOOTrainer, RLOOConfig), "ppo": (ppo.PPOTrainer, ppo.PPOConfig),
-}  # fmt: skip
+LORA = LoRA(rank=4, alpha=16)
+TRAINERS = {"reward" if method == "reward_model" else method: spec for method, spec in METHODS.items()}
 SAMPLES = ("grpo", "rloo", "ppo")
 RATE = {"dpo": 5e-4, "kto": 5e-4}  # the others: 5e-3
 
@@ -63,8 +52,8 @@ def reward(completions, answer, **_):
 @pytest.fixture
 def make(base, tmp_path):
     def make(kind, data=None, lora=LORA, reward_funcs=reward, apart=True, **given):
-        trainer, config = TRAINERS[kind]
-        load = reward_models.load if kind == "reward" else models.load_model
+        config, trainer = TRAINERS[kind].classes()
+        load = reward_model.load if kind == "reward" else load_model
         model, tokenizer = load(base, lora)
         own, more = {}, {}
         if kind in SAMPLES:
@@ -97,9 +86,9 @@ def warned(trainer, data=None):
     return str(found[0].message)
 
 
-def refused(trainer, data=None, **options):
+def refused(trainer, data=None):
     with pytest.raises(ValueError) as found:
-        preflight.check(trainer, data, **options)
+        preflight.check(trainer, data)
     return str(found.value)
 
 
@@ -108,7 +97,7 @@ def test_it_is_silent_when_all_is_well(make, kind):
     trainer = make(kind)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        preflight.check(trainer, shaped(kind, pairs()), max_lora_rank=4)
+        preflight.check(trainer, shaped(kind, pairs()))
 
 
 # --- the model and the settings ------------------------------------------------------------------
@@ -134,10 +123,6 @@ def test_a_merged_adapter_is_refused(make):
     assert "unmerge_adapter" in refused(trainer)
 
 
-def test_a_rank_above_the_limit_is_refused(make):
-    assert "LoRA rank 4 is above max_lora_rank 2" in refused(make("grpo"), max_lora_rank=2)
-
-
 def test_one_token_for_padding_and_end_is_advised_against(make):
     trainer = make("sft")
     trainer.processing_class.pad_token = trainer.processing_class.eos_token
@@ -157,7 +142,7 @@ def test_a_whole_model_takes_a_tenth_of_the_rate(make):
 
 def test_bf16_without_instructions_is_said_where_there_are_none(make):
     trainer = make("sft")
-    flags = checkup.cpu_bf16()
+    flags = machine.cpu_bf16()
     if flags is None:
         pytest.skip("the system does not tell")
     trainer.args.bf16 = True  # Unsloth has set it by these very instructions
@@ -232,6 +217,10 @@ def test_columns_that_a_reward_function_misses_are_named(make):
     assert "asks for answer: set remove_unused_columns=False" in words
 
 
+def test_a_weight_that_is_no_number_is_refused(make):
+    assert "reward_weights is [nan]" in refused(make("grpo", reward_weights=[float("nan")]))
+
+
 # --- room ----------------------------------------------------------------------------------------
 
 
@@ -242,14 +231,14 @@ def test_more_tokens_than_positions_are_refused(make):
 
 def test_a_batch_that_will_not_fit_is_refused_and_a_tight_one_is_said(make, monkeypatch):
     trainer = make("orpo")
-    need = preflight._need(preflight._Flight(trainer), 8)
+    need = preflight.memory_needed(preflight._Checked(trainer), 8)
     assert need > 0
-    monkeypatch.setattr(checkup, "free_memory", lambda: need // 2)
+    monkeypatch.setattr(machine, "free_memory", lambda: need // 2)
     words = refused(trainer)
     assert "8 x " in words and "halve per_device_train_batch_size" in words
-    monkeypatch.setattr(checkup, "free_memory", lambda: need)
+    monkeypatch.setattr(machine, "free_memory", lambda: need)
     assert "gradient_checkpointing=True" in warned(trainer)
-    monkeypatch.setattr(checkup, "free_memory", lambda: 2 * need)
+    monkeypatch.setattr(machine, "free_memory", lambda: 2 * need)
     preflight.check(trainer)
 
 

@@ -1,61 +1,83 @@
-"""Settings: what is passed to TRL is what the recipe says, and mistakes are named before anything runs."""
+"""Settings: a lesson's cell shows what the recipe says, every profile makes a config, mistakes are named."""
+
+import ast
+import dataclasses
+import json
 
 import pytest
 
-from rlnb.train import recipes
+from rlnb import profiles
+from rlnb.train import methods, recipes
+from rlnb.tools.setup import ROOT
+
+# What a notebook's cell says on purpose in another way than the recipe.
+SHORTER = {"03_reward_model": {"max_steps"}, "04_rlhf_ppo": {"reward_weights"}}
+LESSONS = {
+    "02_sft": "sft", "03_reward_model": "reward_model", "04_rlhf_ppo": "ppo", "05_dpo": "dpo", "06_kto": "kto",
+    "07_orpo": "orpo", "08_grpo": "grpo",
+}  # fmt: skip
+
+
+def keywords(call: ast.Call) -> dict[str, str]:
+    return {word.arg: ast.unparse(word.value) for word in call.keywords if word.arg}
+
+
+def in_recipe(method: str) -> dict[str, str]:
+    """The arguments of the dict(...) that a recipe returns, as code."""
+    tree = ast.parse((ROOT / "rlnb" / "train" / "recipes.py").read_text(encoding="utf-8"))
+    function = next(node for node in tree.body if getattr(node, "name", None) == method)
+    return keywords(function.body[-1].value)
+
+
+def in_notebook(name: str, config: str) -> dict[str, str]:
+    """The arguments of the first config of a class in a notebook's cells, as code."""
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    calls = [node for cell in code for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Call)]
+    return keywords(next(call for call in calls if ast.unparse(call.func) == config))
+
+
+@pytest.mark.parametrize(("notebook", "method"), [*LESSONS.items(), ("04_rlhf_ppo", "rloo")])
+def test_a_lesson_shows_the_settings_that_everything_else_uses(notebook, method):
+    shown, used = in_notebook(notebook, f"{methods.METHODS[method].name}Config"), in_recipe(method)
+    apart = SHORTER.get(notebook, set())
+    assert {k: v for k, v in shown.items() if k not in apart} == {k: v for k, v in used.items() if k not in apart}
 
 
 @pytest.mark.parametrize("method", recipes.RECIPES)
-@pytest.mark.parametrize("profile", recipes.PROFILES)
-def test_every_recipe_makes_a_trl_config(method, profile, tmp_path):
-    from rlnb.model import load as models
-
-    models.backend()
-    import trl
-    from trl.experimental.orpo import ORPOConfig
-
-    from rlnb.train.ppo import PPOConfig
-
-    recipe = recipes.recipe(method, profile)
-    kinds = {"sft": trl.SFTConfig, "reward_model": trl.RewardConfig, "dpo": trl.DPOConfig,
-             "kto": trl.KTOConfig, "orpo": ORPOConfig, "ppo": PPOConfig,
-             "rloo": trl.RLOOConfig}  # fmt: skip
-    kind = kinds.get(method, trl.GRPOConfig)
-    config = kind(**recipe.trl(tmp_path, seed=3))
-    assert config.learning_rate == recipe.learning_rate
-    assert config.max_steps == recipe.steps
-    assert config.seed == 3
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    assert batch == recipe.batch
-    if kind in (trl.GRPOConfig, trl.RLOOConfig):
-        assert config.num_generations == recipe.group
-        assert config.generation_batch_size == recipe.batch
-    for setting in ("beta", "desirable_weight"):
-        assert getattr(config, setting, None) == getattr(
-            recipe, setting, getattr(config, setting, None)
-        )
+@pytest.mark.parametrize("profile", profiles.PROFILES)
+def test_every_recipe_makes_a_config(method, profile, monkeypatch):
+    monkeypatch.setenv("RLNB_PROFILE", profile)
+    config, _ = methods.METHODS[method.removesuffix("_from_base")].classes()
+    usual = recipes.recipe(method)
+    made = config(**recipes.common(config, seed=3), **usual)
+    assert made.seed == 3 and made.max_steps > 0
+    assert {name: getattr(made, name) for name in usual} == usual
+    if hasattr(made, "num_generations"):
+        rows = made.per_device_train_batch_size * made.gradient_accumulation_steps
+        assert made.generation_batch_size == rows and rows % made.num_generations == 0
 
 
-def test_settings_can_be_changed_and_mistakes_are_named():
-    assert recipes.recipe("sft", "cpu", learning_rate=1.0).learning_rate == 1.0
-    with pytest.raises(TypeError, match=r"sft has no setting \['lr'\]; it has rank, alpha"):
-        recipes.recipe("sft", "cpu", lr=1.0)
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_recipes_have_no_words_of_their_own(method):
+    config, _ = methods.METHODS[method].classes()
+    names = {field.name for field in dataclasses.fields(config)}
+    assert set(recipes.recipe(method)) <= names and set(recipes.common(config, 0)) <= names
+
+
+def test_mistakes_are_named(monkeypatch):
     with pytest.raises(ValueError, match="no recipe for 'dqn'; there are sft, "):
         recipes.recipe("dqn")
-
-
-def test_a_batch_that_does_not_fit_the_groups_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"batch=60 completions .* groups of 8: .* e\.g\. 56"):
-        recipes.recipe("grpo", "cpu", batch=60).trl(tmp_path, 0)
-
-
-def test_an_unknown_profile_is_named(monkeypatch):
+    with pytest.raises(TypeError, match=r"by\(gpu\): give cpu="):
+        profiles.by(gpu=1)
+    with pytest.raises(TypeError, match=r"by\(cpu, tpu\)"):
+        profiles.by(cpu=1, tpu=2)
     monkeypatch.setenv("RLNB_PROFILE", "tpu")
     with pytest.raises(ValueError, match="RLNB_PROFILE is 'tpu'; the profiles are cpu, gpu, smoke"):
-        recipes.profile()
+        profiles.profile()
 
 
-def test_only_a_real_model_gets_the_instruction(monkeypatch):
-    monkeypatch.delenv("RLNB_MODEL", raising=False)
-    assert recipes.system("cpu") is None
-    assert "<reasoning>" in recipes.system("gpu")
+def test_what_is_not_named_is_as_on_the_cpu(monkeypatch):
+    for profile, expected in (("cpu", 1), ("gpu", 1), ("smoke", 2)):
+        monkeypatch.setenv("RLNB_PROFILE", profile)
+        assert profiles.by(cpu=1, smoke=2) == expected

@@ -1,140 +1,143 @@
 """A batch of PPO's rollouts, and the figures that are logged of it.
 
-Their names are those of TRL's GRPOTrainer where it logs the same. TRL's PPOTrainer, up to 1.12, had
-other names for some:
-
-    reward                  objective/scores
-    kl/sequence             objective/kl, with kl_estimator="k1"
-    kl                      the same per token
-    entropy                 policy/entropy_avg (objective/entropy sums -log p of a completion's tokens)
-    objective/rlhf_reward   the same: score less the KL penalty, summed over a completion
-    policy/loss, policy/clipfrac, policy/ratio          loss/policy_avg, policy/clipfrac_avg, val/ratio
-    policy/approx_kl        policy/approxkl_avg, there 0.5 (log r)^2 and here r - 1 - log r
-    value/loss, value/clipfrac                          loss/value_avg, val/clipfrac_avg
-    value/explained_variance                            1 - Var(return - V) / Var(return)
+Their names are those of TRL's GRPOTrainer where it logs the same.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from rlnb.model import sampling
+from rlnb.train.ppo.actor_critic import causal_lm
+from rlnb.train.ppo.formulas import kl_estimate
 
 import torch
 from torch import Tensor
 
-from rlnb.train.ppo.maths import kl_estimate
-from rlnb.train.ppo.model import right_pad, spans
-
 
 @dataclass
 class Rollouts:
-    """Completions and what is known of them before the first update. Shapes as in maths.py."""
+    """B completions and what is known of them before the first update. T: tokens of the longest."""
 
-    ids: Tensor  # (B, L): prompt and completion, padded on the right
-    lengths: Tensor  # (B,): of prompt and completion
-    predicts: Tensor  # (B, L): at these positions the next token is the completion's
-    mask: Tensor  # (B, T): tokens of the completion, its end token included
-    finished: Tensor  # (B,): ended before the limit
-    judged: Tensor  # (B, rewards): what each reward says, NaN for None
-    reward: Tensor  # (B,): their weighted sum
-    log_probs: Tensor | None = None  # (B, T) from here on
-    reference: Tensor | None = None  # log-probabilities
-    entropies: Tensor | None = None
-    values: Tensor | None = None
-    rewards: Tensor | None = None  # of tokens: score at the end, KL penalty everywhere
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
+    prompt_ids: Sequence[Sequence[int]]
+    completion_ids: Sequence[Sequence[int]]
+    ids_BL: Tensor  # prompt and completion, padded on the right
+    length_B: Tensor  # of prompt and completion
+    predicts_BL: Tensor  # at these positions the next token is the completion's
+    mask_BT: Tensor  # tokens of the completion, its end token included
+    finished_B: Tensor  # ended before the limit
+    scores_BR: Tensor | None = None  # what each of R rewards says, NaN for None
+    score_B: Tensor | None = None  # their weighted sum
+    log_probs_BT: Tensor | None = None
+    reference_BT: Tensor | None = None  # log-probabilities
+    entropy_BT: Tensor | None = None
+    values_BT: Tensor | None = None
+    rewards_BT: Tensor | None = None  # score at the end, KL penalty everywhere
+    advantages_BT: Tensor | None = None
+    returns_BT: Tensor | None = None
 
 
-def rollouts(
-    prompt_ids: Sequence[Sequence[int]],
-    completion_ids: Sequence[Sequence[int]],
-    judged: Tensor,
-    reward: Tensor,
-    ends: set[int],
-    pad: int,
+def lay_out(
+    prompts: Sequence, found: Mapping[str, list], ends: set[int], pad: int, device: Any = None
 ) -> Rollouts:
-    """Lay out a batch. Lengths come from the lists, so that the end token may well be the one that pads."""
-    device = reward.device
-    starts = torch.tensor([len(p) for p in prompt_ids], device=device)
-    sizes = torch.tensor([len(c) for c in completion_ids], device=device)
-    ids = right_pad(
-        [[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)], pad, device
+    """A batch of what a rollout function has returned. ValueError unless that is one row per prompt.
+
+    Lengths come from the lists, so that the end token may well be the one that pads.
+    """
+    for key in ("prompt_ids", "completion_ids"):
+        sizes = [len(ids) for ids in found[key]]
+        if len(sizes) != len(prompts) or not all(sizes):
+            raise ValueError(
+                f"rollout_func returned {key} of {sizes} tokens for {len(prompts)} prompts: PPO takes one "
+                "row for each, of at least 1 token, the end token included"
+            )
+    start_B, size_B = (
+        torch.tensor([len(ids) for ids in found[key]], device=device)
+        for key in ("prompt_ids", "completion_ids")
     )
+    pairs = zip(found["prompt_ids"], found["completion_ids"], strict=True)
+    ids_BL = right_pad([[*p, *c] for p, c in pairs], pad, device)
+    position, end_B1 = torch.arange(ids_BL.shape[1], device=device), (start_B + size_B)[:, None]
     return Rollouts(
-        ids=ids,
-        lengths=starts + sizes,
-        predicts=spans(starts - 1, starts + sizes - 1, ids.shape[1]),
-        mask=spans(torch.zeros_like(sizes), sizes, int(sizes.max())),
-        finished=torch.tensor([c[-1] in ends for c in completion_ids], device=device),
-        judged=judged,
-        reward=reward,
-    )
+        found["prompt_ids"], found["completion_ids"], ids_BL, length_B=start_B + size_B,
+        predicts_BL=(position >= start_B[:, None] - 1) & (position < end_B1 - 1),
+        mask_BT=position[: int(size_B.max())] < size_B[:, None],
+        finished_B=torch.tensor([c[-1] in ends for c in found["completion_ids"]], device=device),
+    )  # fmt: skip
 
 
-def put(target: Tensor, rows: Tensor, mask: Tensor, flat: Tensor) -> None:
-    """Write (N,) numbers of some rows' tokens to their places in a (B, T) tensor."""
-    part = torch.zeros_like(target[rows])
-    part[mask[rows]] = flat.to(target.dtype)
-    target[rows] = part
+def right_pad(rows: Sequence[Sequence[int]], pad: int, device: Any = None) -> Tensor:
+    """(rows, longest) ids."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
 
 
-def table(
-    batch: Rollouts, names: Sequence[str], estimator: str, gather: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """Columns of float64, a row per completion, from which `summary` makes its figures.
+def put(target_BT: Tensor, rows: Tensor, mask_BT: Tensor, flat_N: Tensor) -> None:
+    """Write the numbers of some rows' tokens to their places."""
+    part = torch.zeros_like(target_BT[rows])
+    part[mask_BT[rows]] = flat_N.to(target_BT.dtype)
+    target_BT[rows] = part
 
-    Sums over real tokens only. names: of the rewards. gather: joins the rows of all processes. The
-    critic's columns are there once the returns are.
+
+def check_prompts(dataset: Any, model: Any, tokenizer: Any, max_new: int, batch: int) -> None:
+    """Raise ValueError unless there is a batch of prompts, each of which leaves room for a completion."""
+    columns = getattr(dataset, "column_names", None) or []
+    if "prompt" not in columns:
+        raise ValueError(f"train_dataset needs a column 'prompt', and has {', '.join(columns) or 'none'}")
+    if len(dataset) < batch:
+        raise ValueError(
+            f"train_dataset has {len(dataset)} prompts, and a step takes {batch} "
+            "(per_device_train_batch_size * gradient_accumulation_steps * processes): lower those"
+        )
+    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    prompts = list(dataset["prompt"])
+    for i, ids in enumerate(sampling.tokenize(tokenizer, prompts)):
+        if limit and len(ids) + max_new > limit:
+            raise ValueError(
+                f"train_dataset, row {i}: the prompt has {len(ids)} tokens, and with max_completion_length "
+                f"{max_new} that is more than the model's {limit} positions. Leave it out or lower "
+                f"max_completion_length: {str(prompts[i])[:80]}"
+            )
+
+
+def summary(
+    batch: Rollouts, names: Sequence[str], gather: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """The figures of the completions of all processes. names: of the rewards. gather: joins their rows.
+
+    value/explained_variance is 1 - Var(return - V) / Var(return): 1 for a perfect critic, 0 for a constant.
     """
 
-    def total(x: Tensor) -> Tensor:
-        return x.double().masked_fill(~batch.mask, 0).sum(1)
+    def rows(x_B: Tensor) -> Tensor:
+        return gather(x_B.double()).cpu()
 
+    def total(x_BT: Tensor) -> Tensor:
+        return rows(x_BT.double().masked_fill(~batch.mask_BT, 0).sum(1)).sum()
+
+    def variance(x_BT: Tensor) -> Tensor:
+        return total(x_BT**2) / n - (total(x_BT) / n) ** 2
+
+    def deviation(x: Tensor) -> Tensor | float:
+        return x.std() if len(x) > 1 else 0.0
+
+    length_B, score_B = rows(batch.mask_BT.sum(1)), rows(batch.score_B)
+    n, episodes = length_B.sum(), len(length_B)
     found = {
-        "tokens": batch.mask.sum(1), "read": batch.lengths, "finished": batch.finished,
-        "reward": batch.reward, "entropy": total(batch.entropies),
+        "completions/mean_length": length_B.mean(), "completions/min_length": length_B.min(),
+        "completions/max_length": length_B.max(),
+        "completions/clipped_ratio": 1 - rows(batch.finished_B).mean(),
+        "reward": score_B.mean(), "reward_std": deviation(score_B),
+        "entropy": total(batch.entropy_BT) / n, "value/mean": total(batch.values_BT) / n,
+        "objective/rlhf_reward": total(batch.rewards_BT) / episodes,
     }  # fmt: skip
-    found |= {f"rewards/{name}": batch.judged[:, i] for i, name in enumerate(names)}
-    if batch.reference is not None:
-        found["k1"] = total(batch.log_probs - batch.reference)
-        found["kl"] = total(kl_estimate(batch.log_probs, batch.reference, estimator))
-    if batch.returns is not None:
-        found["objective"] = total(batch.rewards)
-        error = batch.returns - batch.values
-        found |= {"value": total(batch.values), "return": total(batch.returns)}
-        found |= {"return2": total(batch.returns**2), "error": total(error)}
-        found["error2"] = total(error**2)
-    gathered = gather(torch.stack([column.double() for column in found.values()], 1)).cpu()
-    return dict(zip(found, gathered.unbind(1), strict=True))
-
-
-def summary(rows: dict[str, Tensor], critic: bool) -> dict[str, float]:
-    """The figures of all the completions whose columns these are."""
-    n = rows["tokens"].sum()
-    found = {
-        "completions/mean_length": rows["tokens"].mean(),
-        "completions/min_length": rows["tokens"].min(),
-        "completions/max_length": rows["tokens"].max(),
-        "completions/clipped_ratio": 1 - rows["finished"].mean(),
-        "reward": rows["reward"].mean(),
-        "reward_std": _deviation(rows["reward"]),
-        "entropy": rows["entropy"].sum() / n,
-    }
-    for name in (name for name in rows if name.startswith("rewards/")):
-        values = rows[name][~rows[name].isnan()]
-        if len(values):
-            found |= {f"{name}/mean": values.mean(), f"{name}/std": _deviation(values)}
-    if "kl" in rows:
-        found |= {"kl": rows["kl"].sum() / n, "kl/sequence": rows["k1"].mean()}
-    if "objective" in rows:
-        found["objective/rlhf_reward"] = rows["objective"].mean()
-    if "objective" in rows and critic:
-        found["value/mean"] = rows["value"].sum() / n
-        spread = rows["return2"].sum() / n - (rows["return"].sum() / n) ** 2
-        missed = rows["error2"].sum() / n - (rows["error"].sum() / n) ** 2
-        if spread > 1e-9:
-            found["value/explained_variance"] = 1 - missed / spread
+    for name, column_B in zip(names, rows(batch.scores_BR).unbind(1), strict=True):
+        said = column_B[~column_B.isnan()]
+        if len(said):
+            found |= {f"rewards/{name}/mean": said.mean(), f"rewards/{name}/std": deviation(said)}
+    if batch.reference_BT is not None:
+        kl = total(kl_estimate(batch.log_probs_BT, batch.reference_BT))
+        found |= {"kl": kl / n, "kl/sequence": kl / episodes}
+    if (spread := variance(batch.returns_BT)) > 1e-9:
+        missed = variance(batch.returns_BT - batch.values_BT)
+        found["value/explained_variance"] = 1 - missed / spread
     return {name: float(value) for name, value in found.items()}
-
-
-def _deviation(x: Tensor) -> Tensor | float:
-    return x.std() if len(x) > 1 else 0.0

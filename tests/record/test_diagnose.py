@@ -1,24 +1,17 @@
-"""The doctor's rules on logs, its report and command, and what it says of the machine.
+"""The rules on logs, and the report.
 
-The logs are real: runs of the practice model from its SFT adapter, numbers rounded. test_symptoms.py
-trains tiny models that are broken on purpose.
+The logs are real: runs of the practice model from its SFT adapter, numbers rounded.
+test_diagnose_trained.py trains tiny models that are broken on purpose.
 """
 
-import ast
-import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from rlnb import __main__
-from rlnb.tools import setup as bootstrap, check_machine as checkup
-from rlnb.record import doctor, runs
-from rlnb.model import load as models
-
-models.backend()
-import torch  # noqa: E402
+from rlnb.record import diagnose, runs
 
 # PPO from 277 right of 500, every second log: learning rate 1e-3, KL coefficient 0.05, to 366 right
 PPO = {
@@ -71,6 +64,9 @@ GRPO = {
 }  # fmt: skip
 
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
 @pytest.fixture(autouse=True)
 def registry(monkeypatch, tmp_path):
     monkeypatch.setenv("RLNB_RUNS", str(tmp_path / "runs"))
@@ -87,10 +83,7 @@ def rows(table, **times):
 
 
 def found(log):
-    return {finding.name: finding.saw for finding in doctor.run(log)}
-
-
-# --- logs ----------------------------------------------------------------------------------------
+    return {finding.name: finding.saw for finding in diagnose.run(log)}
 
 
 @pytest.mark.parametrize("table", [PPO, KTO, GRPO], ids=["ppo", "kto", "grpo"])
@@ -113,13 +106,13 @@ def test_kto_whose_margin_grows_while_chosen_falls():
     with runs.start("kto", config={"beta": 0.1}) as run:  # the reference of the same rows is known
         for step, row in enumerate(rows(KTO_TOO_HOT)):
             run.log(step, **row)
-    assert "chosen falls" in {finding.name for finding in doctor.run(run)}
+    assert "chosen falls" in {finding.name for finding in diagnose.run(run)}
 
 
 def test_samples_that_are_all_the_same_text():
     """None of the runs at hand came to this: it is one of them with its entropy brought down."""
     falling = [0.7**step for step in range(22)]
-    report = doctor.run(rows(GRPO, entropy=falling))
+    report = diagnose.run(rows(GRPO, entropy=falling))
     assert [(f.name, f.level) for f in report] == [("entropy collapsed", "advice")]
 
 
@@ -131,8 +124,48 @@ def test_a_part_of_the_reward_that_was_hardly_ever_earned_is_no_loss():
 
 
 def test_a_short_or_empty_log_says_nothing():
-    assert doctor.run([]) == []
-    assert doctor.run([{"loss": 1.0, "grad_norm": 1.0}, {"loss": 9.0, "grad_norm": 1.0}]) == []
+    assert diagnose.run([]) == []
+    assert diagnose.run([{"loss": 1.0, "grad_norm": 1.0}, {"loss": 9.0, "grad_norm": 1.0}]) == []
+
+
+@pytest.mark.parametrize("rows", [[{"loss": 0.0, "grad_norm": 1.0}], [{"loss": -1.0, "grad_norm": 1.0}]])
+def test_losses_of_0_and_below_are_no_jump(rows):
+    """A loss rounded to 0 in every log was said to have jumped to 1.5 times its first one."""
+    assert found(rows * 12) == {}
+
+
+def test_a_model_that_stays_as_it_is_does_not_get_more_random():
+    """Nothing but the prompts can have changed its entropy."""
+    log = [{"loss": 0.0, "reward": 0.5, "entropy": 0.1 * (step + 1)} for step in range(12)]
+    assert "more random" in found([row | {"grad_norm": 1.0} for row in log]) and "more random" in found(log)
+    assert set(found([row | {"grad_norm": 0.0} for row in log])) == {"nothing moved"}
+
+
+def test_a_log_with_gaps_is_read():
+    """Values that are missing or none: the rules take what there is."""
+    log = [{"step": s, "loss": None, "reward": float(s), "rewards/a/mean": float("nan"), "rewards/margins": 1.0}
+           for s in range(12)]  # fmt: skip
+    assert found(log) == {}
+
+
+def test_a_broken_adapter_file_does_not_stop_the_report():
+    with pytest.raises(ValueError), runs.start("sft") as run:
+        run.adapter.mkdir()
+        (run.adapter / "adapter_model.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{\"half")
+        raise ValueError("no space left on device")
+    assert [finding.name for finding in diagnose.run(run)] == ["ended early"]
+
+
+def test_the_report_reads_well():
+    report = diagnose.run([{"step": 3, "loss": float("nan")}])
+    first, means, do = str(report).splitlines()
+    assert first == "PROBLEM not a number: loss at step 3" and not report.works
+    assert means.startswith("        From there on") and "learning rate" in do
+    line = diagnose.Finding("cores", "2 threads on 1 core", "advice", "Set OMP_NUM_THREADS=1")
+    assert str(line) == "advice  cores     2 threads on 1 core. Set OMP_NUM_THREADS=1"
+    fine = diagnose.Report([diagnose.Finding("disk", "9 GB free"), line])
+    assert fine.works and str(fine).splitlines()[0] == "ok      disk      9 GB free"
+    assert str(diagnose.Report(nothing="nothing wrong")) == "nothing wrong"
 
 
 def test_held_out_accuracy_is_compared_with_the_start_or_the_parent():
@@ -146,101 +179,19 @@ def test_held_out_accuracy_is_compared_with_the_start_or_the_parent():
         for step in range(12):
             hacked.log(step, loss=0.0, reward=step / 12)
         hacked.finish(strict={"k": 0, "n": 100}, start={"strict": {"k": 10, "n": 100}})
-    assert doctor.run(worse)[0].saw == "held out, strict: 60% -> 40% of 100"
-    assert doctor.run(same) == []
-    assert "while the reward rose" in doctor.run(hacked)[0].saw
+    assert diagnose.run(worse)[0].saw == "held out, strict: 60% -> 40% of 100"
+    assert diagnose.run(same) == []
+    assert "while the reward rose" in diagnose.run(hacked)[0].saw
 
 
 def test_runs_that_did_not_end_by_themselves():
-    with pytest.raises(KeyboardInterrupt), runs.start("sft", config={"steps": 9}) as stopped:
+    with pytest.raises(KeyboardInterrupt), runs.start("sft", config={"max_steps": 9}) as stopped:
         stopped.log(4, loss=1.0)
         raise KeyboardInterrupt
     with pytest.raises(ValueError), runs.start("sft") as failed:
         raise ValueError("no such row")
-    assert doctor.run(stopped)[0].saw.startswith("interrupted, 4 of 9 steps logged, no adapter")
-    assert "no such row" in doctor.run(failed)[0].saw
+    assert diagnose.run(stopped)[0].saw.startswith("interrupted, 4 of 9 steps logged, no adapter")
+    assert "no such row" in diagnose.run(failed)[0].saw
     code = "import os; from rlnb.record import runs; run = runs.start('sft'); run.__enter__(); os._exit(1)"
-    subprocess.run([sys.executable, "-c", code], env=here())
-    assert doctor.run(runs.latest(status="lost"))[0].saw.startswith("lost")
-
-
-# --- the machine ---------------------------------------------------------------------------------
-
-
-def here(**more):
-    return {**os.environ, "PYTHONPATH": str(bootstrap.ROOT), **more}
-
-
-def test_the_command_looks_at_everything_and_finds_that_it_works():
-    done = subprocess.run([sys.executable, "-m", "rlnb", "doctor"], capture_output=True, text=True,
-                          env=here(), timeout=300)  # fmt: skip
-    lines = done.stdout.splitlines()
-    assert [line.split()[1] for line in lines] == [look.__name__ for look in checkup.LOOKS]
-    assert done.returncode == 0 and "PROBLEM" not in done.stdout
-
-
-def test_the_command_takes_a_run(capsys):
-    with runs.start("sft") as run:
-        run.log(1, loss=float("nan"))
-    assert __main__.main(["doctor", run.id]) == 1
-    assert "not a number: loss at step 1" in capsys.readouterr().out
-
-
-def test_broken_packages_are_what_it_reports(tmp_path):
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.13: not found')")
-    path = os.pathsep.join([str(tmp_path), str(bootstrap.ROOT)])
-    done = subprocess.run([sys.executable, "-m", "rlnb", "doctor"], capture_output=True, text=True,
-                          env=here(PYTHONPATH=path), timeout=300)  # fmt: skip
-    assert done.returncode == 1 and not done.stderr
-    for look in ("cores", "gpu", "bf16", "backend"):
-        line = next(line for line in done.stdout.splitlines() if line.split()[1] == look)
-        assert line.startswith("PROBLEM") and "libcudart.so.13" in line
-
-
-def test_missing_packages_are_what_it_reports():
-    code = f"import sys; sys.path.insert(0, {str(bootstrap.ROOT)!r}); from rlnb.record import doctor; sys.exit(doctor.main())"
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and not done.stderr
-    assert "missing: torch, transformers" in done.stdout
-
-
-def test_versions_are_held_against_the_requirement_files(monkeypatch, tmp_path):
-    for step in bootstrap.STEPS["gpu"]:
-        (tmp_path / step[-1]).write_text("")
-    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
-    (tmp_path / "requirements.txt").write_text("psutil==0.0.1  # reads memory\n")
-    saw, level, do = checkup.versions()
-    assert "tested 0.0.1" in saw and level == "advice" and "setup" in do
-    (tmp_path / "requirements.txt").write_text("no-such-package==1  # is not there\n")
-    assert checkup.versions()[:2] == ("missing: no-such-package", "problem")
-
-
-def test_more_threads_than_cores_are_seen():
-    before = torch.get_num_threads()
-    torch.set_num_threads(4 * os.cpu_count())
-    try:
-        assert checkup.cores()[1] == "advice"
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("name", ["doctor", "checkup"])
-def test_an_old_python_gets_as_far_as_the_message(name):
-    text = (bootstrap.ROOT / "rlnb" / f"{name}.py").read_text(encoding="utf-8")
-    ast.parse(text, feature_version=(3, 9))
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("unsloth"), reason="Unsloth is not installed")
-@pytest.mark.parametrize("first, said", [
-    ("import trl", "advice  imports   trl before unsloth, which patches it. Restart"),
-    ("from rlnb.model import load; load.backend(); import trl", "ok      imports   unsloth first"),
-])  # fmt: skip
-def test_the_order_of_imports_is_reported(first, said):
-    code = f"""{first}
-from rlnb.tools import check_machine as checkup
-from rlnb.record import doctor
-checkup.LOOKS = (checkup.imports,)
-print(doctor.machine())"""
-    done = subprocess.run([sys.executable, "-c", code], env=here(), capture_output=True, text=True)
-    assert said in done.stdout, done.stderr[-2000:]
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert diagnose.run(runs.latest(status="lost"))[0].saw.startswith("lost")

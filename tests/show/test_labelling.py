@@ -1,4 +1,4 @@
-"""rlnb.data.labelling: every answer on disk at once, resumed, undone, shared, and fit for the trainers."""
+"""rlnb.show.labelling: every answer on disk at once, resumed, undone, shared, and fit for the trainers."""
 
 import json
 import re
@@ -8,10 +8,12 @@ import threading
 
 import pytest
 
-from rlnb.data import labelling, preferences
-from rlnb.data.annotators import Verifier, Noisy
-from rlnb.measure.evaluate import Proportion
-from rlnb.data.labelling import Session
+from rlnb.data import preferences
+from rlnb.data.annotators import Noisy, Verifier
+from rlnb.measure import agreement
+from rlnb.measure.intervals import Proportion
+from rlnb.show import labelling
+from rlnb.show.labelling import Session
 
 
 def row(i, *responses):
@@ -55,7 +57,7 @@ def test_every_answer_is_on_disk_at_once(tmp_path):
 def test_it_survives_being_killed_and_goes_on(tmp_path):
     path = tmp_path / "labels.jsonl"
     code = (
-        "import json, os, sys; from rlnb.data.labelling import Session\n"
+        "import json, os, sys; from rlnb.show.labelling import Session\n"
         "rows = json.load(sys.stdin); session = Session(rows, 'anna', sys.argv[1])\n"
         "session.choose('left'); session.choose('tie'); os._exit(9)"
     )
@@ -164,31 +166,12 @@ def test_rows_with_nothing_to_compare(tmp_path):
         Session(rows[:1], "anna", tmp_path)
 
 
-def test_three_responses(tmp_path):
-    session = Session([row(1, *"abcde"), row(2, "a", "b")], "anna", tmp_path, k=3)
-    first, second = session.items
-    assert len(first.shown) == 3 and len(second.shown) == 2
-    assert session.choices(first) == ("1", "2", "3", "tie", "skip")
-    session.choose("3")
-    with pytest.raises(ValueError, match="the answer is '3': it can be 1, 2, tie, skip"):
-        session.choose("3")
-    (found,) = session.annotations()
-    best = found["responses"].index(first.shown[2])
-    assert found["ranks"][best] == 1 and sorted(found["ranks"]) == [1, 2, 2]
-    assert len(found["comparisons"]) == 2
-    pairs, _ = session.pairs()
-    assert {r["chosen"][0]["content"] for r in pairs} == {first.shown[2]} and len(pairs) == 2
-    session.choose("tie")
-    assert session.pairs()[1]["ties"] == 1
-
-
 @pytest.mark.parametrize(
     ("rows", "options", "says"),
     [
         (ROWS, {"annotator": ""}, "annotator is ''"),
         (ROWS, {"annotator": "../anna"}, "annotator is '../anna'"),
         (ROWS, {"annotator": "gold"}, "annotator is 'gold', the name of the gold"),
-        (ROWS, {"k": 1}, "k is 1: 2 to 9"),
         ([*ROWS, ROWS[3]], {}, "row 12: id 'p13' is no string or has come before"),
         ([ROWS[0] | {"id": 3}], {}, "row 0: id 3 is no string"),
         ([{"id": "a", "prompt": [], "responses": []}], {}, "row 0: no question, answer (gold=None"),
@@ -250,12 +233,10 @@ def test_agreement_with_the_gold_and_with_others(tmp_path):
     bob.choose("skip"), bob.choose("tie")
     answer_all(bob, right=False)
     assert bob.agreement() == {"gold": Proportion(0, 10), "anna": Proportion(0, 10)}
-    table = bob.report()
-    assert [(line["annotators"], line["comparisons"]) for line in table] == [
-        ("bob, gold", 11), ("bob, anna", 11), ("gold, anna", 11), ("bob, gold, anna", 11),
-    ]  # fmt: skip
-    assert table[2]["kappa"].value == 1 and table[0]["kappa"].value < 0
-    assert str(bob).startswith("12 of 12 answered, 1 skipped; leftmost chosen ")
+    said = {"bob": bob.annotations(), "anna": bob.others()["anna"]}
+    assert agreement.agreement(said)["kappa"][0].value < 0  # ties are an answer here
+    assert agreement.agreement(said)["comparisons"][0] == 11
+    assert str(bob).startswith("12 of 12 answered, 1 skipped; left chosen ")
     assert str(bob).endswith(
         "agrees with gold 0.0 % [0.0, 27.8]; agrees with anna 0.0 % [0.0, 27.8]"
     )
@@ -276,7 +257,7 @@ def test_the_answers_become_data_sets(tmp_path):
     ranked = [r for r in preferences.annotate(ROWS, Verifier()) if r["id"] in pairs["id"][:]]
     gold, _ = preferences.pairs(ranked)
     assert pairs[:]["chosen"] == gold[:]["chosen"] and pairs[:]["prompt"] == gold[:]["prompt"]
-    labels, left_out = session.unpaired(seed=1)
+    labels, left_out = preferences.unpaired(session.annotations(), seed=1)
     assert sum(labels["label"][:]) == 10 and len(labels) == 20 and left_out["ties"] == 1
     for r in labels:
         assert r["label"] == ("<reasoning>" in r["completion"][0]["content"])
@@ -290,11 +271,10 @@ def test_an_annotator_can_play(tmp_path):
     assert gold.current is None and gold.agreement() == {"gold": Proportion(12, 12)}
     noisy.play(Noisy(1.0))
     assert noisy.agreement()["gold"] == Proportion(0, 12)
-    three = Session([row(1), row(2, "a", "b", "c"), row(3, "a", "b", row(3)["responses"][0])],
-                    "cleo", tmp_path, k=3)  # fmt: skip
-    three.play(Verifier())
-    assert [label["choice"] in ("1", "2", "3") for label in three.labels.values()] == [
-        True, False, True,
-    ]  # fmt: skip
-    three.undo(), three.undo(), three.play(Noisy(0.0, of=Verifier()))
-    assert three.agreement()["gold"].mean == 1
+    rows = [row(1, "a", "b"), row(2, "tie", row(2)["responses"][0])]
+    ties = Session(rows, "cleo", tmp_path)
+    ties.play(Verifier())
+    assert [label["choice"] == "tie" for label in ties.labels.values()] == [True, False]
+    assert ties.agreement()["gold"] == Proportion(1, 1)
+    ties.undo(), ties.play(Noisy(0.0))
+    assert ties.agreement()["gold"] == Proportion(1, 1)

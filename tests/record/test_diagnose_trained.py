@@ -1,29 +1,27 @@
-"""What the doctor says of runs: tiny ones that are broken on purpose, and healthy ones beside them.
+"""What is said of runs that are really trained: tiny ones that are broken on purpose, and healthy ones.
 
-They are really trained, on one thread, as rounding depends on their number. The model has 116,000
-parameters, so that a run takes a second.
+They run on one thread, as rounding depends on their number. The model has 116,000 parameters, so that a
+run takes a second.
 """
 
 import pytest
 import tiny
 
-from rlnb.record import doctor, runs
-from rlnb.model import load as models
-from rlnb.data import preferences
-
-models.backend()
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-from trl import (  # noqa: E402
+from rlnb.model import LoRA, load_model, save_adapter  # isort: skip
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import (
     DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RewardConfig,
     RewardTrainer, SFTConfig, SFTTrainer,
 )  # fmt: skip
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from rlnb.model import reward_model as reward_models, sampling  # noqa: E402
+from rlnb.data import preferences
+from rlnb.model import reward_model, sampling
+from rlnb.record import diagnose, runs
 
-LORA = models.LoRA(rank=4, alpha=16)
+TINY_LORA = LoRA(rank=4, alpha=16)
 WORDS = ("apples", "boxes", "pens")
 
 
@@ -38,7 +36,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A model that knows the pairs below by heart, so that it has something to lose."""
-    return learn(tiny.make(tmp_path_factory.mktemp("doctor") / "m"))
+    return learn(tiny.make(tmp_path_factory.mktemp("diagnose") / "m"))
 
 
 def learn(folder, steps=150, rate=5e-3):
@@ -101,14 +99,15 @@ def read(base, folder, kind, data=None, frozen=False, **given):
     if kind == "kto":
         given["train_sampling_strategy"] = "sequential"
         data = data if "label" in data.column_names else preferences.unpair(data, 0)
-    load = reward_models.load if kind == "reward" else models.load_model
-    model, tokenizer = load(base, LORA)
+    load = reward_model.load if kind == "reward" else load_model
+    model, tokenizer = load(base, TINY_LORA)
     if frozen:
         model.requires_grad_(False)
-    made = trainer(model=model, args=settings(config, folder, **given), train_dataset=data,
-                   processing_class=tokenizer)  # fmt: skip
-    made.train()
-    return made.state.log_history
+    training = trainer(
+        model=model, args=settings(config, folder, **given), train_dataset=data, processing_class=tokenizer
+    )
+    training.train()
+    return training.state.log_history
 
 
 def asks(completions, **_):
@@ -123,7 +122,7 @@ def letters(completions, **_):
 
 def sample(base, folder, reward_funcs, schedule=None, **given):
     """The log of a GRPO run."""
-    model, tokenizer = models.load_model(base, LORA)
+    model, tokenizer = load_model(base, TINY_LORA)
     size = {"num_generations": 8, "max_completion_length": 24, "per_device_train_batch_size": 32}
     args = settings(GRPOConfig, folder, **size | given)
     optimizer = scheduler = None
@@ -140,18 +139,18 @@ def sample(base, folder, reward_funcs, schedule=None, **given):
 
 
 def names(log):
-    return {finding.name for finding in doctor.run(log)}
+    return {finding.name for finding in diagnose.run(log)}
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "orpo", "reward"])
 def test_healthy_runs_that_read_are_silent(base, tmp_path, kind):
-    report = doctor.run(read(base, tmp_path, kind))
+    report = diagnose.run(read(base, tmp_path, kind))
     assert report == [] and str(report) == "nothing wrong in 24 logs" and report.works
 
 
 def test_a_healthy_run_that_samples_is_silent(base, tmp_path):
     log = sample(base, tmp_path, asks, steps=16, beta=1.0)
-    report = doctor.run(log)
+    report = diagnose.run(log)
     assert report == [] and str(report) == "nothing wrong in 16 logs"
     assert all("kl" in row and "entropy" in row for row in log if "loss" in row)
 
@@ -167,24 +166,24 @@ def test_a_frozen_adapter(base, tmp_path):
 
 def test_a_saved_adapter_that_never_moved(base):
     with runs.start("sft", model="m") as run:
-        model, _ = models.load_model(base, LORA)
-        models.save_adapter(model, run.adapter)
-    assert [f.name for f in doctor.run(run)] == ["nothing moved"]
+        model, _ = load_model(base, TINY_LORA)
+        save_adapter(model, run.adapter)
+    assert [f.name for f in diagnose.run(run)] == ["nothing moved"]
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n)[0, 0] = 1.0
-    models.save_adapter(model, run.adapter)
-    assert doctor.run(run) == []
+    save_adapter(model, run.adapter)
+    assert diagnose.run(run) == []
 
 
 @pytest.mark.parametrize("kind", ["sft", "orpo"])
 def test_a_learning_rate_so_high_that_the_loss_jumps(base, tmp_path, kind):
-    report = doctor.run(read(base, tmp_path, kind, rate=1.0))
+    report = diagnose.run(read(base, tmp_path, kind, rate=1.0))
     assert "loss jumped" in {f.name for f in report} and not report.works
     assert "learning rate up to 1e+00" in str(report)
 
 
 def test_a_learning_rate_so_low_that_nothing_is_learnt(base, tmp_path):
-    report = doctor.run(read(base, tmp_path, "dpo", rate=1e-8))
+    report = diagnose.run(read(base, tmp_path, "dpo", rate=1e-8))
     assert [(f.name, f.level) for f in report] == [("hardly moved", "advice")]
     assert report.works
 
@@ -192,7 +191,7 @@ def test_a_learning_rate_so_low_that_nothing_is_learnt(base, tmp_path):
 def test_kto_with_one_class(base, tmp_path):
     both = preferences.unpair(pairs(), 0)
     good = both.filter(lambda row: row["label"])
-    report = doctor.run(read(base, tmp_path, "kto", good, steps=8))
+    report = diagnose.run(read(base, tmp_path, "kto", good, steps=8))
     assert [f.name for f in report] == ["one class"]
     assert report[0].saw == "of 8 logs, 8 have desirable rows and 0 undesirable ones"
 
@@ -203,14 +202,14 @@ def test_numbers_that_are_none(base, tmp_path):
     with runs.start("orpo") as run:  # a curve on disk has no NaN, but the word
         for row in log:
             run.log(**row)
-    assert "grad_norm" in doctor.run(run)[0].saw
+    assert "grad_norm" in diagnose.run(run)[0].saw
 
 
 def test_groups_without_variance(base, tmp_path):
     def constant(completions, **_):
         return [0.5] * len(completions)
 
-    report = doctor.run(sample(base, tmp_path, constant, steps=8))
+    report = diagnose.run(sample(base, tmp_path, constant, steps=8))
     assert {f.name for f in report} == {"silent groups"}
     assert "100% of the groups" in str(report)
 

@@ -1,0 +1,268 @@
+"""What is wrong with a training run, read from what it has logged.
+
+    print(diagnose.run(run))        or: python -m rlnb doctor 20261120-125239-dpo
+
+Each rule yields the name of a symptom and what it saw; SYMPTOMS has what that means and what to change. The
+thresholds were held against runs that were broken on purpose and healthy ones.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rlnb.record import runs
+
+MIN_LOGS = 6  # fewer show no trend
+Saw = Iterator[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was seen; level is ok, advice or problem. What to do, and what it means (of runs)."""
+
+    name: str
+    saw: str
+    level: str = "ok"
+    do: str = ""
+    means: str = ""
+
+    def __str__(self) -> str:
+        level = self.level.upper() if self.level == "problem" else self.level
+        if self.means:
+            return f"{level:8}{self.name}: {self.saw}\n{'':8}{self.means}\n{'':8}{self.do}"
+        return f"{level:8}{self.name:9} {self.saw}" + (f". {self.do}" if self.do else "")
+
+
+class Report(list[Finding]):
+    """Findings, shown one below the other, or `nothing` if there are none."""
+
+    def __init__(self, findings: Iterable[Finding] = (), nothing: str = ""):
+        super().__init__(findings)
+        self.nothing = nothing
+
+    def __repr__(self) -> str:
+        return "\n".join(map(str, self)) or self.nothing
+
+    __str__ = __repr__
+
+    @property
+    def works(self) -> bool:
+        """Whether none of the findings is a problem."""
+        return all(finding.level != "problem" for finding in self)
+
+
+class Curve:
+    """Logged rows: `curve["loss"]` is every finite value of that name, in order."""
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]]):
+        self.rows = list(rows)
+        self.samples = any("reward" in row for row in self.rows)  # GRPO, RLOO, PPO
+        self.kto = not self.samples and any("kl" in row for row in self.rows)
+        self.gradient = max(self["grad_norm"], default=math.nan)  # the largest
+        rates = self["learning_rate"]
+        self.rate = f"; learning rate up to {max(rates):.0e}" if rates else ""
+
+    def __getitem__(self, name: str) -> list[float]:
+        values = (row.get(name) for row in self.rows)
+        return [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
+
+    def ends(self, name: str) -> tuple[float, float]:
+        """Means of the first eighth and of the last quarter; NaN, which no comparison holds for, if
+        there are too few logs.
+        """
+        values = self[name]
+        if len(values) < MIN_LOGS:
+            return math.nan, math.nan
+        return fmean(values[: max(2, len(values) // 8)]), fmean(values[-max(3, len(values) // 4) :])
+
+    def smooth(self, name: str) -> tuple[list[float], float]:
+        """Moving means over an eighth of the logs, at least three, and the standard deviation that their
+        differences would have, were there only noise; ([0], 0) if there are too few logs.
+        """
+        values = self[name]
+        if len(values) < MIN_LOGS:
+            return [0.0], 0.0
+        width = max(3, len(values) // 8)
+        means = [fmean(values[i : i + width]) for i in range(len(values) - width + 1)]
+        return means, stdev(b - a for a, b in pairwise(values)) / math.sqrt(width)
+
+
+def run(run: runs.Run | Iterable[Mapping[str, Any]]) -> Report:
+    """What is wrong with a run: for each symptom the numbers, their meaning, a way out.
+
+    run: a run, or rows as in `trainer.state.log_history`. A run that is still going is judged by what it
+    has logged so far; it takes six logs to see a trend.
+    """
+    known = run if isinstance(run, runs.Run) else None
+    curve = Curve(run if known is None else run.curve())
+    saw = dict(_outcome(curve, known)) if known else {}
+    saw |= dict(_numbers(curve)) | dict(_policy(curve)) | dict(_rewards(curve)) | dict(_losses(curve, known))
+    found = [Finding(name, saw[name], level, do, means)
+             for name, (level, means, do) in SYMPTOMS.items() if name in saw]  # fmt: skip
+    return Report(found, f"nothing wrong in {sum('loss' in row for row in curve.rows)} logs")
+
+
+def _outcome(curve: Curve, run: runs.Run) -> Saw:
+    """How it ended, what it saved, and its held-out accuracy against the start's, which is in the result,
+    or else in the parent's.
+    """
+    if run.status in ("lost", "failed", "interrupted"):
+        saved = "an" if run.adapter.is_dir() else "no"
+        steps = f"{max(curve['step'], default=0):.0f} of {run.get('max_steps') or '?'} steps logged"
+        error = f"; {run.error}" if run.error else ""
+        yield "ended early", f"{run.status}, {steps}, {saved} adapter saved{error}"
+    if _b_is_zero(run.adapter / "adapter_model.safetensors"):
+        yield "nothing moved", "every lora_B of the saved adapter is 0"
+    before = run.result.get("start")
+    if before is None and run.parent:
+        with suppress(OSError, ValueError):
+            before = runs.load(run.parent).result
+    for name in ("strict", "correct"):
+        results = [(of or {}).get(name) for of in (before, run.result)]
+        if not all(map(runs.is_proportion, results)):
+            continue
+        (k0, n0), (k1, n1) = ((result["k"], result["n"]) for result in results)
+        pooled = (k0 + k1) / (n0 + n1)
+        if k0 / n0 - k1 / n1 > 2 * math.sqrt(pooled * (1 - pooled) * (1 / n0 + 1 / n1)):
+            first, last = curve.ends("reward")  # two standard errors of the difference
+            paid = f", while the reward rose from {first:.2f} to {last:.2f}" if last > first else ""
+            yield "worse than before", f"held out, {name}: {k0 / n0:.0%} -> {k1 / n1:.0%} of {n1}{paid}"
+            return
+
+
+def _b_is_zero(file: Path) -> bool:
+    """Whether every lora_B of a safetensors file is 0, by its bytes: of any type, without torch.
+
+    False for a file that is missing or broken.
+    """
+    data = file.read_bytes() if file.is_file() else bytes(8)
+    start = 8 + int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8:start] or "{}")
+    except ValueError:
+        return False
+    spans = [header[name]["data_offsets"] for name in header if ".lora_B." in name]
+    return bool(spans) and not any(any(data[start + a : start + b]) for a, b in spans)
+
+
+def _numbers(curve: Curve) -> Saw:
+    """Of any log: numbers that are none, and gradients of 0."""
+    for row in curve.rows:
+        watched = {name: row.get(name) for name in ("loss", "grad_norm", "reward", "kl", "nll_loss")}
+        if bad := [name for name, v in watched.items() if isinstance(v, float) and not math.isfinite(v)]:
+            yield "not a number", f"{', '.join(bad)} at step {row.get('step', '?')}"
+            break
+    logs, silent = len(curve["grad_norm"]), min(curve["frac_reward_zero_std"], default=0.0)
+    if logs > 1 and curve.gradient < 1e-7 and silent < 1:
+        yield "nothing moved", f"grad_norm at most {curve.gradient:.0e} in {logs} logs"
+
+
+def _policy(curve: Curve) -> Saw:
+    """Of runs that sample: groups, completions, KL and entropy."""
+    (start, reward), (before, entropy) = curve.ends("reward"), curve.ends("entropy")
+    silent, spread = curve.ends("frac_reward_zero_std")[1], curve.ends("reward_std")[1]
+    cut, length = curve.ends("completions/clipped_ratio")[1], curve.ends("completions/mean_length")[1]
+    first_kl, kl = curve.ends("kl")
+    solved = reward > start and reward >= 0.95 * max(curve["reward"])  # then silence is no fault
+    if not solved and (silent >= 0.9 or spread < 1e-6):  # healthy runs end with 0.2 to 0.75
+        what = "reward_std 0" if math.isnan(silent) else f"{silent:.0%} of the groups without variance"
+        yield "silent groups", f"{what} at the end; reward {start:.2f} -> {reward:.2f}"
+    if cut >= 0.5:  # a third, for a while, was healthy
+        yield "cut at the limit", f"{cut:.0%} of the completions, at {length:.0f} tokens"
+    # Healthy runs reach 0.07 nats per token from SFT, 0.2 from the base; broken 0.48.
+    if kl >= 0.4 and not curve.kto:  # KTO's is per completion, and cut at 0
+        yield "kl runs away", f"kl {first_kl:.2g} -> {kl:.2g} nats per token{curve.rate}"
+    if entropy * length <= 0.2 < before * length:  # exp(-0.2) = 0.8: eight samples in ten are the same text
+        yield "entropy collapsed", f"{before:.2g} -> {entropy:.2g} nats per token, for {length:.0f} tokens"
+    # Healthy runs have ended with 1.8 times the entropy. A model that stays as it is has met other prompts.
+    if entropy >= max(2 * before, before + 0.05) and not curve.gradient < 1e-7:
+        yield "more random", f"entropy {before:.2g} -> {entropy:.2g} nats per token{curve.rate}"
+
+
+def _rewards(curve: Curve) -> Saw:
+    """A reward that falls, beyond noise: the whole, or one of its parts while the whole rises."""
+    means, noise = curve.smooth("reward")
+    start, best, now = means[0], max(means), means[-1]
+    cliff = 0.5 * max(best - start, abs(best) / 2)  # half of what was gained, or a quarter of its height
+    if len(curve["reward"]) >= 3 * MIN_LOGS and best - now >= max(cliff, 2 * noise, 1e-3):
+        yield "reward fell", f"{start:.2f} at first, {best:.2f} at best, {now:.2f} now{curve.rate}"
+    first, last = curve.ends("reward")
+    names = sorted({name for row in curve.rows for name in row})
+    for name in (name for name in names if name.startswith("rewards/") and name.endswith("/mean")):
+        means, noise = curve.smooth(name)
+        best, now = max(means), curve.ends(name)[1]
+        lost = best - now > 2 * noise and now < 0.5 * best  # healthy: 0.8 of the best and more, hacked: 0.44
+        if last > first and min(curve[name], default=-1) >= 0 and lost:
+            part = f"{name.split('/')[1]} {best:.2f} at best, {now:.2f} now"
+            yield "reward hacking", f"reward {first:.2f} -> {last:.2f}, but {part}"
+            return
+
+
+def _losses(curve: Curve, run: runs.Run | None) -> Saw:
+    """Of runs that read: the loss, and the two sides of preferences."""
+    loss, (first, last) = curve["loss"], curve.ends("loss")
+    if loss and loss[0] > 0 and not (curve.samples or curve.kto):
+        if last >= 1.5 * loss[0]:  # the untrained model does better
+            best = f"{min(loss):.2g} at best"
+            yield "loss jumped", f"{loss[0]:.2g} at first, {best}, {last:.2g} now{curve.rate}"
+        if abs(last - first) <= 0.002 * first and curve.gradient >= 1e-7:  # eight healthy steps of DPO: 0.005
+            yield "hardly moved", f"loss {first:.4g} -> {last:.4g} in {len(loss)} logs{curve.rate}"
+    good, bad = len(curve["rewards/chosen"]), len(curve["rewards/rejected"])  # KTO logs the sides of a batch
+    if curve.kto and len(loss) > 1 and not (good and bad):
+        yield "one class", f"of {len(loss)} logs, {good} have desirable rows and {bad} undesirable ones"
+    now, margin = curve.ends("logps/chosen")[1], curve.ends("rewards/margins")[1]
+    if margin > 0 and now < 0:
+        # How much less likely the chosen side is than under the reference, in parts of its own -log p. DPO
+        # and KTO log rewards/chosen = beta (log p - log p_ref), which gives log p_ref of the very same rows.
+        # Without beta, and for ORPO, the first log is the reference. Up to 1.5 times DPO lowers both sides.
+        before, times = curve["logps/chosen"][0], 3.0
+        if run is not None and run.get("beta") and not curve["nll_loss"]:
+            before, times = now - curve.ends("rewards/chosen")[1] / run.get("beta"), 1.5
+        if now < times * before < 0:
+            saw = f"log p of the chosen {before:.1f} -> {now:.1f}, margin {margin:.2f}{curve.rate}"
+            yield "chosen falls", saw
+
+
+COOLER = "Divide the learning rate by three; a longer warm-up helps too."
+SYMPTOMS = {  # name: level, what it means, what to do
+    "ended early": ("advice", "It is no finished run. Lost means that its kernel ended, or memory did.",
+        "Do not compare it with finished ones. Use checkpoints if it is long."),
+    "not a number": ("problem", "From there on steps are skipped, or the weights are no numbers any more.",
+        f"Look for rows without a token of completion (max_length), and for fp16 that overflows. {COOLER}"),
+    "nothing moved": ("problem", "The model is what it was before.",
+        "See that the adapter trains (trainable), that rewards or sides differ, that max_length leaves "
+        "completions, and that the learning rate is above 0."),
+    "worse than before": ("problem",
+        "It has unlearnt more than it has learnt, or it is paid for something else.",
+        f"Read completions. {COOLER} Or fewer steps, a higher beta, pairs that the model itself wrote."),
+    "silent groups": ("problem", "All completions of a prompt get the same reward: every advantage is 0.",
+        "Let the reward tell more cases apart, take prompts that are solved now and then, more completions of "
+        "each (num_generations), or a higher temperature."),
+    "cut at the limit": ("problem", "Rewards judge half an answer, and the model does not learn to end one.",
+        "Raise max_completion_length. Or teach it to end: demonstrations with the end token, padding with "
+        "another one, a reward for ending."),
+    "kl runs away": ("problem", "The policy has left its reference, and with it what the base knew.",
+        f"A higher beta (kl_coef), fewer steps. {COOLER}"),
+    "entropy collapsed": ("advice", "Nearly all samples of a prompt are the same text: nothing new is tried.",
+        f"Fine if all is solved. Else sample hotter, or hold it to a reference (beta). {COOLER}"),
+    "reward fell": ("problem", "Steps were so large that what was learnt is lost again.",
+        f"Take an earlier checkpoint. {COOLER} Larger batches make steps less wild."),
+    "reward hacking": ("problem", "It has found a way to be paid without that.",
+        f"Read completions. Pay for the rest only where that is earned, or weigh it higher. {COOLER}"),
+    "loss jumped": ("problem", "It fits its own training data worse than before.", f"Start again. {COOLER}"),
+    "more random": ("problem", "Training makes a model surer. This one comes apart.",
+        f"{COOLER} A higher beta keeps a policy near its reference."),
+    "hardly moved": ("advice", "There are gradients, but the steps are too small or too few.",
+        "Raise the learning rate by three to ten: LoRA takes ten times that of a whole model."),
+    "chosen falls": ("problem", "The margin grows because the rejected side falls faster. A little of that is "
+        "normal for DPO; here it unlearns what you prefer.",
+        f"{COOLER} Or a higher beta, fewer steps, pairs that the model itself wrote."),
+    "one class": ("advice", "Desirable rows alone make KTO an imitation; undesirable ones alone unlearn "
+        "everything.", "Collect labels of both kinds."),
+}  # fmt: skip
