@@ -62,7 +62,7 @@ def write(folder: Path) -> None:
         split: evaluate.passes(model, tokenizer, problems.load(split)[:COUNT], N, KS, progress=split)
         for split in problems.TEST_SPLITS
     }
-    text = INTRO.format(name=folder.name, vocabulary=len(tokenizer), n=N, **facts)
+    text = INTRO.format(name=folder.name, vocabulary=model.config.vocab_size, n=N, **facts)
     text += "\n" + HEAD.format(what="split") + "".join(_line(s, p) for s, p in found.items())
     text += "\nBy kind of problem, in distribution:\n\n" + HEAD.format(what="kind")
     for kind in problems.ID_KINDS:

@@ -5,7 +5,9 @@ import shutil
 import pytest
 
 from rlnb import __main__
+from rlnb.data import preferences
 from rlnb.record import runs
+from rlnb.task import problems
 from rlnb.train import methods
 
 
@@ -65,18 +67,15 @@ def test_the_doctor_reads_a_run(capsys):
 
 
 def test_data_writes_what_ships(tmp_path, monkeypatch):
-    from rlnb.task import problems
-
+    """The samples are those that ship, in another order; the reward model trains two steps on them."""
+    rows = list(reversed(preferences.read(methods.RESPONSES)))
     monkeypatch.setattr(problems, "write_data", lambda: (tmp_path / "problems").touch())
-    monkeypatch.setattr(methods, "RESPONSES", tmp_path / "preferences" / "responses.jsonl")
-    monkeypatch.setattr(methods, "sample_responses", lambda: methods.responses()[:3])
-    shutil.copytree(methods.REWARD_MODEL, tmp_path / "reward-model")
-    before = (tmp_path / "reward-model" / "adapter_model.safetensors").read_bytes()
-    monkeypatch.setattr(methods, "REWARD_MODEL", tmp_path / "reward-model")
-    (tmp_path / "preferences").mkdir()
-    shutil.copy(methods.task.DATA.parent / "preferences" / "responses.jsonl", methods.RESPONSES)
+    monkeypatch.setattr(methods, "sample_responses", lambda: rows)
+    monkeypatch.setattr(methods, "RESPONSES", tmp_path / "responses.jsonl")
+    shutil.copytree(methods.REWARD_MODEL, tmp_path / "judge")
+    monkeypatch.setattr(methods, "REWARD_MODEL", tmp_path / "judge")
+    before = (tmp_path / "judge" / "adapter_model.safetensors").read_bytes()
     assert __main__.main(["data", "--preferences", "--reward-model"]) == 0
-    assert (tmp_path / "problems").exists()
-    assert len(methods.RESPONSES.read_text().splitlines()) == 3
-    after = (tmp_path / "reward-model" / "adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "problems").exists() and preferences.read(methods.RESPONSES) == rows
+    after = (tmp_path / "judge" / "adapter_model.safetensors").read_bytes()
     assert len(after) == len(before) and after != before
