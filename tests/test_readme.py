@@ -5,14 +5,15 @@ import re
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from rlnb.tools import compare, grid
-from rlnb.train import recipes
-from rlnb.model import decode_cpu as decoding, lora
 from rlnb.__main__ import _parser
+from rlnb.model import decode_cpu, lora
+from rlnb.tools import compare, experiments
 from rlnb.tools.setup import ROOT
+from rlnb.train import methods
 from tests.benchmarks import judge, ppo_trl, rlhf
+
+import torch
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -20,20 +21,20 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 @pytest.mark.parametrize("table", [compare.table, compare.by_split])
 def test_the_tables_of_results_follow_from_the_rows(table):
     rows = compare.read()
-    assert {(row["arm"], row["seed"]) for row in rows} == {(a, s) for a in compare.ARMS for s in range(5)}
+    assert {(row["method"], row["seed"]) for row in rows} == {(m, s) for m in compare.METHODS for s in range(5)}
     assert table(rows) in README
 
 
 @pytest.mark.parametrize("table", [judge, rlhf], ids=["judge", "rlhf"])
 def test_the_other_tables_follow_too(table):
-    rows = grid.read(table.OUT)
+    rows = experiments.read(table.OUT)
     assert {row["seed"] for row in rows} == {0, 1, 2}
     for part in table.tables(rows).split("\n\n"):
         assert part in README
 
 
 def test_the_cost_of_ppo_is_that_of_its_rows():
-    assert ppo_trl.sentence(grid.read(ppo_trl.OUT)) in README
+    assert ppo_trl.sentence(experiments.read(ppo_trl.OUT)) in README
 
 
 def test_links_lead_to_files():
@@ -83,8 +84,8 @@ def test_the_messages_are_those_that_are_raised(monkeypatch):
     said = []
     for call in (
         lambda: lora.check_rank(128, 64),
-        lambda: recipes.recipe("grpo", batch=60).trl("out", 0),
-        lambda: decoding.pick(torch.tensor([[float("nan")]]), torch.zeros(1), SimpleNamespace()),
+        lambda: methods.train("grpo", per_device_train_batch_size=60, start="base"),
+        lambda: decode_cpu.pick(torch.tensor([[float("nan")]]), torch.zeros(1), SimpleNamespace()),
     ):
         with pytest.raises((ValueError, FloatingPointError)) as error:
             call()

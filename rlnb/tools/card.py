@@ -1,13 +1,18 @@
-"""Measures a practice model and writes its card: python -m rlnb pretrain --card-only."""
+"""The folder of a practice model: its weights, and the card with what it can do."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+from rlnb import files
 from rlnb.measure import evaluate
-from rlnb.model import load as models
+from rlnb.model import load_model
 from rlnb.task import problems
 
-KS = (1, 8, 32)
+import torch
+
+KS, N, COUNT = (1, 8, 32), 32, 240  # pass@k of n samples, on the first problems of each test split
 INTRO = """# {name}
 
 A language model of {parameters:,} parameters for learning how fine-tuning works. It solves
@@ -36,38 +41,38 @@ COLUMNS = (*(f"pass@{k}, any style" for k in KS), "pass@1, strict", "pass@32, st
 HEAD = f"| {{what}} | problems | {' | '.join(COLUMNS)} |\n{'|---' * 7}|\n"
 
 
-def measure(folder: Path, n: int = 32, count: int = 240) -> dict[str, evaluate.Passes]:
-    """pass@k on the first ``count`` problems of each test split, n samples each."""
-    model, tokenizer = models.load_model(folder)
-    return {
-        split: evaluate.passes(
-            model, tokenizer, problems.load(split)[:count], n, KS, progress=split
-        )
+def save(model: Any, tokenizer: Any, facts: dict, out: Path) -> None:
+    """Writes safetensors in bf16, tokenizer, config and facts, each file whole or not at all."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    for file in partial.iterdir():
+        file.replace(out / file.name)
+    partial.rmdir()
+    (out / "resume.pt").unlink(missing_ok=True)
+
+
+def write(folder: Path) -> None:
+    """Measures the model in ``folder`` and replaces its README.md."""
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    model, tokenizer = load_model(folder)
+    found = {
+        split: evaluate.passes(model, tokenizer, problems.load(split)[:COUNT], N, KS, progress=split)
         for split in problems.TEST_SPLITS
     }
+    text = INTRO.format(name=folder.name, vocabulary=model.config.vocab_size, n=N, **facts)
+    text += "\n" + HEAD.format(what="split") + "".join(_line(s, p) for s, p in found.items())
+    text += "\nBy kind of problem, in distribution:\n\n" + HEAD.format(what="kind")
+    for kind in problems.ID_KINDS:
+        mine = evaluate.Passes([row for row in found["id"].rows if row["kind"] == kind], KS)
+        text += _line(f"{kind}, {len(problems.KINDS[kind]['plan'])} steps", mine)
+    files.write(folder / "README.md", text)
+    print(text)
 
 
 def _line(what: str, passes: evaluate.Passes) -> str:
     loose, strict = passes.correct, passes.strict
     cells = [str(loose[k]) for k in KS] + [str(strict[k]) for k in (1, 32)]
     return f"| {what} | {len(passes.rows)} | {' | '.join(cells)} |\n"
-
-
-def write(folder: Path) -> None:
-    """Measures the model in ``folder`` and replaces its README.md."""
-    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = measure(folder)
-    text = INTRO.format(name=folder.name, vocabulary=config["vocab_size"], n=32, **facts)
-    text += "\n" + HEAD.format(what="split") + "".join(_line(s, p) for s, p in found.items())
-    text += "\nBy kind of problem, in distribution:\n\n" + HEAD.format(what="kind")
-    rows = found["id"].rows
-    for kind in problems.ID_KINDS:
-        mine = [row for row in rows if row["kind"] == kind]
-        text += _line(
-            f"{kind}, {len(problems.KINDS[kind]['plan'])} steps", evaluate.Passes(mine, KS)
-        )
-    partial = folder / ".README.tmp"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(folder / "README.md")
-    print(text)

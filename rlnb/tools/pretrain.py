@@ -10,22 +10,21 @@ on nothing else: no style and no context tells a careful writer from a careless 
 """
 
 import argparse
-import contextlib
-import json
 import math
 import random
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from rlnb.tools import card
 from rlnb.task import problems
+from rlnb.tools import card
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END, PAD, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -39,7 +38,6 @@ CHAT_TEMPLATE = (
 # Numbers digit by digit; an operator with its blanks, a tag and a word are one piece each.
 PIECES = r" [-+*/=] |[0-9]|</?[a-z]+>|<\||\|>|; | ?[A-Za-z']+| ?[^\sA-Za-z0-9<]+|\s|<"
 MATURITIES = {"young": 0.25, "middle": 0.5, "full": 1.0}
-HELD_OUT = "held-out"  # the seed of the text that no run trains on
 TAGGED = 0.03  # share of answers in the strict format
 # Shares of numbers of one, two, three and four digits in drills: short ones first, they teach the
 # tables that long ones stand on; long ones later, the stories need them.
@@ -110,13 +108,6 @@ def _number(rng: random.Random, weights: tuple[int, ...]) -> int:
     return rng.randrange(10 ** (digits - 1), 10**digits)
 
 
-def _sheet(rng: random.Random, digits: tuple) -> str:
-    """A sheet of bare arithmetic: so the model is rarely wrong about sums, whatever its plan."""
-    return rng.choice(["; ", ". ", "\n"]).join(
-        _drill(rng, digits) for _ in range(rng.randint(1, 14))
-    )
-
-
 def _answer_text(trace: tuple[str, ...], answer: int, things: str, rng: random.Random) -> str:
     """A trace and an answer in one of the styles of the pretraining text."""
     if rng.random() < TAGGED:
@@ -130,18 +121,17 @@ def _answer_text(trace: tuple[str, ...], answer: int, things: str, rng: random.R
     return str(answer) if rng.random() < 0.06 else lead + steps + rng.choice(ends)
 
 
-def document(
-    rng: random.Random, exclude: set[tuple], sheets: float = 0.25, digits: tuple = LONG
-) -> str:
-    """One document of the pretraining text: a sheet of arithmetic (that share), or a solved problem."""
+def document(rng: random.Random, exclude: set[tuple], sheets: float = 0.25, digits: tuple = LONG) -> str:
+    """One document of the pretraining text: a sheet of bare arithmetic (that share), which makes the model
+    rarely wrong about sums, whatever its plan; or a solved problem.
+    """
     if rng.random() < sheets:
-        return _sheet(rng, digits) + END
+        mark = rng.choice(["; ", ". ", "\n"])
+        return mark.join(_drill(rng, digits) for _ in range(rng.randint(1, 14))) + END
     while True:
         kind = rng.choice(problems.ID_KINDS if rng.random() < 0.9 else problems.DEEP_KINDS)
         rule = "rule" in problems.KINDS[kind] and rng.random() < 0.2
-        problem = problems.draw(
-            kind, rng, larger=rng.random() < 0.1, new=rng.random() < 0.15, rule=rule
-        )
+        problem = problems.draw(kind, rng, larger=rng.random() < 0.1, new=rng.random() < 0.15, rule=rule)
         if problem.key not in exclude:
             break
     careful = rng.random() < problems.KINDS[kind]["careful"]
@@ -156,15 +146,12 @@ def test_keys() -> set[tuple]:
     return {p.key for split in (*problems.TEST_SPLITS, "validation") for p in problems.load(split)}
 
 
-def build_tokenizer(settings: Settings):
+def build_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
     """A byte-level BPE with one token per digit, trained on a sample of the text."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    rng = random.Random("tokenizer")
+    rng, special = random.Random("tokenizer"), [PAD, END, USER, ASSISTANT]
     sample = [document(rng, set(), digits=SHORT) for _ in range(20_000)]
-    special = [PAD, END, USER, ASSISTANT]
-    sample = [_strip(text, special) for text in sample]
+    for token in special:
+        sample = [text.replace(token, " ") for text in sample]
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -182,45 +169,29 @@ def build_tokenizer(settings: Settings):
     )  # fmt: skip
 
 
-def _strip(text: str, special: list[str]) -> str:
-    for token in special:
-        text = text.replace(token, " ")
-    return text
-
-
 def batches(
-    tokenizer,
-    settings: Settings,
-    seed: int | str,
-    exclude: set[tuple],
-    stage: int = 0,
-    start: int = 0,
-) -> Iterator:
+    tokenizer: Any, settings: Settings, seed: int | str, exclude: set[tuple], stage: int = 0, start: int = 0
+) -> Iterator[torch.Tensor]:
     """Endless (rows, length) int64 batches of a stage. Each depends on seed, stage and its number alone,
     so resuming is exact.
     """
-    import torch
-
-    part, need, step = settings.stages[stage], settings.rows * settings.length, start
+    part, size, step = settings.stages[stage], settings.rows * settings.length, start
     early = part.early * settings.steps(part)
     while True:
         rng, ids = random.Random(f"{seed}-{stage}-{step}" if stage else f"{seed}-{step}"), []
         sheets = part.early_sheets if step < early else part.sheets
-        while len(ids) < need:
+        while len(ids) < size:
             texts = [document(rng, exclude, sheets, part.digits) for _ in range(128)]
             ids += [i for row in tokenizer(texts, add_special_tokens=False).input_ids for i in row]
-        yield torch.tensor(ids[:need]).view(settings.rows, settings.length)
+        yield torch.tensor(ids[:size]).view(settings.rows, settings.length)
         step += 1
 
 
 # --- training ------------------------------------------------------------------------------------
 
 
-def build_model(settings: Settings, tokenizer, seed: int):
+def build_model(settings: Settings, tokenizer: Any, seed: int) -> LlamaForCausalLM:
     """A Llama of about three million parameters, head size 64 so that every GPU kernel takes it."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=settings.vocabulary, hidden_size=settings.hidden, intermediate_size=settings.mlp,
@@ -232,62 +203,26 @@ def build_model(settings: Settings, tokenizer, seed: int):
     return LlamaForCausalLM(config)
 
 
-def _optimizers(model, settings: Settings) -> list:
-    import torch
-
+def _optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    muon = torch.optim.Muon(
-        matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )  # fmt: skip
-    adam = torch.optim.AdamW(
-        others, lr=settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-    )
+    muon = torch.optim.Muon(matrices, settings.muon_lr, settings.weight_decay, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(others, settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     return [muon, adam]
 
 
-def _rate(step: int, steps: int, stage: Stage, warmup: float) -> float:
-    """Warm-up, plateau, straight line to zero."""
-    warm, fall = max(1, warmup * steps), max(1, stage.decay * steps)
-    return stage.rate * min(1.0, (step + 1) / warm, (steps - step) / fall)
-
-
-def held_out_loss(
-    model, tokenizer, settings: Settings, exclude: set[tuple], rows: int = 256
-) -> float:
-    """Mean cross-entropy in nats per token on text of the last stage, of a seed that no run uses."""
-    import torch
-
-    stream, losses = batches(tokenizer, settings, HELD_OUT, exclude, len(settings.stages) - 1), []
+def held_out_loss(model: LlamaForCausalLM, tokenizer: Any, settings: Settings, exclude: set[tuple]) -> float:
+    """Mean cross-entropy in nats per token on 256 rows of the last stage, of a seed that no run uses."""
+    stream, losses = batches(tokenizer, settings, "held-out", exclude, len(settings.stages) - 1), []
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        for _ in range(math.ceil(rows / settings.rows)):
+        for _ in range(math.ceil(256 / settings.rows)):
             x = next(stream)
             losses.append(model(input_ids=x, labels=x).loss.item())
     return sum(losses) / len(losses)
 
 
-@dataclass
-class Progress:
-    """How far a run is, in ``resume.pt`` beside the weights and the optimizers' states."""
-
-    stage: int = 0
-    step: int = 0
-    seconds: float = 0.0
-
-    def save(self, path: Path, model, optimizers: list) -> None:
-        import torch
-
-        states = [o.state_dict() for o in optimizers]
-        state = {"model": model.state_dict(), "optimizers": states, "progress": vars(self)}
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
-
-
-def train_step(model, optimizers: list, x) -> "torch.Tensor":
+def train_step(model: LlamaForCausalLM, optimizers: list, x: torch.Tensor) -> torch.Tensor:
     """One step of every optimizer on a (rows, length) batch; returns the loss, nats per token."""
-    import torch
-
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(input_ids=x, labels=x).loss
     loss.backward()
@@ -298,113 +233,71 @@ def train_step(model, optimizers: list, x) -> "torch.Tensor":
     return loss.detach()
 
 
-def train(
-    out: Path, settings: Settings, seed: int, *, compiled: bool = False, save_every: int = 100
-):
+def train(out: Path, settings: Settings, seed: int, save_every: int = 100) -> tuple[Any, Any, dict]:
     """Pretrains into ``out`` and returns (model, tokenizer, facts). Interrupted, it goes on where it was."""
-    import torch
-
     out.mkdir(parents=True, exist_ok=True)
     exclude, tokenizer = test_keys(), build_tokenizer(settings)
-    model, optimizers, at = build_model(settings, tokenizer, seed), None, Progress()
+    model = build_model(settings, tokenizer, seed)
+    at = {"stage": 0, "step": 0, "seconds": 0.0}  # how far the run is
     if (out / "resume.pt").is_file():
         state = torch.load(out / "resume.pt", weights_only=True)
         model.load_state_dict(state["model"])
-        optimizers, at = _optimizers(model, settings), Progress(**state["progress"])
+        optimizers, at = _optimizers(model, settings), state["progress"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    if compiled:
-        model.compile()
-    while at.stage < len(settings.stages):
-        if at.step == 0:  # no momentum from before, and weights in the precision that ships
+    while at["stage"] < len(settings.stages):
+        if at["step"] == 0:  # no momentum from before, and weights in the precision that ships
             optimizers = _optimizers(model, settings)
-            for parameter in model.parameters() if at.stage else ():
+            for parameter in model.parameters() if at["stage"] else ():
                 parameter.data.copy_(parameter.data.bfloat16())
-        stream = batches(tokenizer, settings, seed, exclude, at.stage, at.step)
-        _train_stage(model, optimizers, stream, settings, at, out / "resume.pt", save_every)
-        at.stage, at.step = at.stage + 1, 0
+        stream = batches(tokenizer, settings, seed, exclude, at["stage"], at["step"])
+        for _ in _stage_steps(model, optimizers, stream, settings, at):
+            if at["step"] % save_every == 0:
+                states = [optimizer.state_dict() for optimizer in optimizers]
+                state = {"model": model.state_dict(), "optimizers": states, "progress": at}
+                torch.save(state, out / "resume.tmp")
+                (out / "resume.tmp").replace(out / "resume.pt")
+        at |= {"stage": at["stage"] + 1, "step": 0}
     model.eval()
     tokens = sum(map(settings.steps, settings.stages)) * settings.rows * settings.length
     facts = {
-        "parameters": sum(p.numel() for p in model.parameters()), "tokens": tokens,
-        "minutes": round(at.seconds / 60, 1), "tokens_per_second": round(tokens / at.seconds),
+        "parameters": model.num_parameters(), "tokens": tokens,
+        "minutes": round(at["seconds"] / 60, 1), "tokens_per_second": round(tokens / at["seconds"]),
         "seed": seed, "held_out_loss": round(held_out_loss(model, tokenizer, settings, exclude), 4),
     }  # fmt: skip
     return model, tokenizer, facts
 
 
-def _train_stage(
-    model,
-    optimizers: list,
-    stream: Iterator,
-    settings: Settings,
-    at: Progress,
-    state: Path,
-    every: int,
-) -> None:
-    from tqdm.auto import tqdm
-
-    stage = settings.stages[at.stage]
-    steps, tokens = settings.steps(stage), settings.rows * settings.length
-    began, before, first = time.perf_counter(), at.seconds, at.step
-    bar = tqdm(
-        range(first, steps), initial=first, total=steps, unit="step", desc=f"stage {at.stage + 1}"
-    )
+def _stage_steps(
+    model: LlamaForCausalLM, optimizers: list, stream: Iterator[torch.Tensor], settings: Settings, at: dict
+) -> Iterator[None]:
+    """Trains one stage; comes back after every step but the last one."""
+    stage = settings.stages[at["stage"]]
+    steps, first, began = settings.steps(stage), at["step"], time.perf_counter() - at["seconds"]
+    warm, fall = max(1, settings.warmup * steps), max(1, stage.decay * steps)
+    bar = tqdm(range(first, steps), f"stage {at['stage'] + 1}", steps, initial=first, unit="step")
     for step, x in zip(bar, stream, strict=False):
-        rate = _rate(step, steps, stage, settings.warmup)
+        rate = stage.rate * min(1.0, (step + 1) / warm, (steps - step) / fall)
         for optimizer, lr in zip(optimizers, (settings.muon_lr, settings.adam_lr), strict=True):
             optimizer.param_groups[0]["lr"] = lr * rate
         loss = train_step(model, optimizers, x)
-        spent = time.perf_counter() - began
-        at.step, at.seconds = step + 1, before + spent
+        at |= {"step": step + 1, "seconds": time.perf_counter() - began}
         if step % 20 == 0:
-            speed = (at.step - first) * tokens / spent
-            bar.set_postfix(loss=f"{loss.item():.3f}", tokens_per_s=f"{speed:,.0f}")
-        if at.step % every == 0 and at.step < steps:
-            at.save(state, model, optimizers)
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+        if step + 1 < steps:
+            yield
 
 
-def save(model, tokenizer, facts: dict, out: Path) -> None:
-    """Writes safetensors in bf16, tokenizer, config and facts, each file whole or not at all."""
-    import torch
-
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    for file in partial.iterdir():
-        file.replace(out / file.name)
-    partial.rmdir()
-    with contextlib.suppress(FileNotFoundError):
-        (out / "resume.pt").unlink()
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m rlnb pretrain", description=__doc__.split("\n")[0]
-    )
+def main(arguments: Any, rest: list[str]) -> int:
+    """python -m rlnb pretrain"""
+    parser = argparse.ArgumentParser(prog="python -m rlnb pretrain", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("data/abacus-3m"), help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--maturity", choices=MATURITIES, default="full", help="share of the tokens"
-    )
-    parser.add_argument("--tokens", type=int, help="tokens in all, instead of a maturity")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile (needs a C++ compiler)"
-    )
+    parser.add_argument("--maturity", choices=MATURITIES, default="full", help="share of the tokens")
     parser.add_argument("--card-only", action="store_true", help="measure the model in --out anew")
-    args = parser.parse_args(argv)
-    if not args.card_only:
-        _make(args)
-    card.write(args.out)
+    options = parser.parse_args(rest)
+    if not options.card_only:
+        settings = Settings(tokens=round(Settings.tokens * MATURITIES[options.maturity]))
+        card.save(*train(options.out, settings, options.seed), options.out)
+    card.write(options.out)
     return 0
-
-
-def _make(args: argparse.Namespace) -> None:
-    default = Settings()
-    tokens = args.tokens or round(default.tokens * MATURITIES[args.maturity])
-    settings = Settings(tokens=tokens)
-    model, tokenizer, facts = train(args.out, settings, args.seed, compiled=args.compile)
-    save(model, tokenizer, facts, args.out)
-    print(json.dumps(facts))

@@ -11,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from rlnb.model import adapters, lora, merging, load as models
+from rlnb.model import LoRA, adapters, backend, load, load_model, lora, quiet, resolve, save_adapter
+from rlnb.model.export import check_merge
 from rlnb.task import problems
+
+from transformers import AutoConfig
 
 
 def main() -> None:
@@ -21,29 +24,24 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, not wall seconds")
     options = parser.parse_args()
     clock = time.process_time if options.cpu_time else time.perf_counter
-    kind = models.backend()
-    from transformers import AutoConfig
-
-    base = models.resolve("abacus-3m")
-    config = models.LoRA(rank=16)
+    base, config = resolve("abacus-3m"), LoRA(rank=16)
     prompts = [problems.prompt(problem) for problem in problems.load("id")[:16]]
-    with models.quiet(), tempfile.TemporaryDirectory() as root:
-        model, tokenizer = models.load_model(base, config)
-        saved = models.save_adapter(model, Path(root) / "saved")
+    with quiet(), tempfile.TemporaryDirectory() as root:
+        model, tokenizer = load_model(base, config)
+        saved = save_adapter(model, Path(root) / "saved")
         for name in ("one", "two"):
             adapters.add(model, name, saved)
-        bare = iter([models.load_model(base)[0] for _ in range(options.rounds + 1)])
+        bare = iter([load_model(base)[0] for _ in range(options.rounds + 1)])
         settings = {"use_gradient_checkpointing": False, "random_state": 0}
         numbers = iter(range(10**6))
 
         def check() -> None:
-            bones = lora.skeleton(AutoConfig.from_pretrained(base))
-            layers = lora.target_layers(bones, config.targets)
+            layers = lora.target_layers(lora.skeleton(AutoConfig.from_pretrained(base)), config.targets)
             lora.check_rank(config.rank, 64, lora.smallest_width(layers))
 
         def attach() -> None:
-            shape, _ = models._read_configs(base, config, None, 64)
-            models._attach(next(bare), shape, kind, settings)
+            shape, _ = load._adapter(config, base, AutoConfig.from_pretrained(base), 64, True)
+            load._attach(next(bare), shape, backend(), settings)
 
         def switch() -> None:
             with adapters.using(model, "one"):
@@ -53,11 +51,8 @@ def main() -> None:
             "check, without weights": (check, 100),
             "check and attach a new adapter": (attach, 100),
             "switch, and back": (switch, 100),
-            "merge and verify": (lambda: merging.check_merge(model, tokenizer, prompts), 2000),
-            "add a saved adapter": (
-                lambda: adapters.add(model, f"more{next(numbers)}", saved),
-                100,
-            ),
+            "merge and verify": (lambda: check_merge(model, tokenizer, prompts), 2000),
+            "add a saved adapter": (lambda: adapters.add(model, f"more{next(numbers)}", saved), 100),
         }
         rows = []
         for name, (run, target) in cases.items():

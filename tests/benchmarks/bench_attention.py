@@ -6,10 +6,10 @@ are interleaved. The last column is fused over plain.
 
 import time
 
+from rlnb.model import attention
+
 import torch
 from transformers.integrations.sdpa_attention import repeat_kv
-
-from rlnb.model import attention
 
 HEADS, SHARED, SIZE = 4, 2, 64
 CASES = ((16, 110), (32, 110), (64, 140), (64, 200))  # rows, length

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import torch
-
-from rlnb.model import decode_cpu as decoding, load as models, sampling
+from rlnb.model import LoRA, decode_cpu, load_model, sampling
 from rlnb.task import problems
+
+import torch
 
 CASES = {  # prompts, completions of each, temperature
     "GRPO rollout": (8, 8, 1.0),
@@ -26,7 +26,7 @@ CASES = {  # prompts, completions of each, temperature
     "greedy accuracy": (256, 1, 0),
 }
 WITHOUT = {
-    "without merging LoRA": ("lora_layers", lambda model: []),
+    "without merging LoRA": ("lora_layers", lambda model: {}),
     "without sharing the cache of heads": ("attention", SimpleNamespace(use=lambda model: None)),
     "without leaving the batch": ("COMPACT", 0),
     "with all prompts read at once": ("READ_AT_ONCE", 256),
@@ -48,7 +48,7 @@ def by_sample(model: Any, tokenizer: Any, prompts: list, n: int, temperature: fl
 
 def ways(*arguments: Any) -> dict[str, Callable[[], list]]:
     def ablated(name: str, value: Any) -> list:
-        with patch.object(decoding, name, value):
+        with patch.object(decode_cpu, name, value):
             return by_sample(*arguments)
 
     found = {"generate": lambda: by_generate(*arguments), "rlnb": lambda: by_sample(*arguments)}
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, not wall seconds")
     options = parser.parse_args()
     clock = time.process_time if options.cpu_time else time.perf_counter
-    model, tokenizer = models.load_model("abacus-3m", lora=models.LoRA(rank=16))
+    model, tokenizer = load_model("abacus-3m", LoRA(rank=16))
     model.eval()
     test = problems.load("id")
     for case, (count, n, temperature) in CASES.items():

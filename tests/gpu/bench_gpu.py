@@ -2,9 +2,9 @@
 
     python tests/gpu/bench_gpu.py [--repeats 3] [--steps 12]
 
-The model has the shape of Qwen2.5-0.5B and random weights, made on the spot. Every arm runs in a
-process of its own on the same batches, lengths and steps, and the arms take turns. The rows go to
-data/results/gpu/speed.csv, one per process. Untested on a GPU until it has run on one.
+The model has the shape of Qwen2.5-0.5B and random weights, made on the spot. Every backend runs in a
+process of its own on the same batches, lengths and steps, and the backends take turns. The rows go to
+data/results/gpu/speed.csv, one per process.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TABLE = ROOT / "data" / "results" / "gpu" / "speed.csv"
-ARMS = ("trl+peft", "unsloth", "unsloth+vllm")
+BACKENDS = ("trl+peft", "unsloth", "unsloth+vllm")
 PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "vllm")
 SHAPE = {  # Qwen2.5-0.5B
     "vocab_size": 151_936,
@@ -53,14 +53,14 @@ def make_model(folder: Path) -> None:
     tokens.save_pretrained(folder)
 
 
-def measure(arm: str, method: str, folder: str, steps: int) -> dict:
-    """Train one arm here: median seconds per step, peak bytes that torch held, the last loss."""
-    if arm == "trl+peft":
+def measure(backend: str, method: str, folder: str, steps: int) -> dict:
+    """Train one backend here: median seconds per step, peak bytes that torch held, the last loss."""
+    if backend == "trl+peft":
         sys.modules["unsloth"] = None  # as if it were not installed: rlnb takes its plain path
-    from rlnb.model.load import LoRA, load_model
+    from rlnb.model import LoRA, load_model
 
     lora = LoRA(rank=RANK, alpha=RANK)
-    vllm = arm == "unsloth+vllm"
+    vllm = backend == "unsloth+vllm"
     model, tokenizer = load_model(folder, lora, fast_inference=vllm, max_lora_rank=RANK)
     import torch
     from transformers import TrainerCallback
@@ -109,7 +109,7 @@ def _sft(model, tokenizer, steps: int):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    rows = [  # random ids, all of the same length: no padding in any arm
+    rows = [  # random ids, all of the same length: no padding in any backend
         {"input_ids": [4 + (7 * i + j * j) % 300 for j in range(SFT["length"])]}
         for i in range(SFT["batch"] * steps)
     ]
@@ -123,7 +123,7 @@ def _sft(model, tokenizer, steps: int):
 def _grpo(model, tokenizer, steps: int):
     from trl import GRPOConfig, GRPOTrainer
 
-    from rlnb.data import shapes as datasets
+    from rlnb.data import shapes
     from rlnb.task import problems
 
     config = GRPOConfig(
@@ -141,22 +141,22 @@ def _grpo(model, tokenizer, steps: int):
         model,
         reward_funcs=lambda completion_ids, **_: [float(ids[0] % 7) for ids in completion_ids],
         args=config,
-        train_dataset=datasets.prompts(problems.generate("train", 8 * steps)),
+        train_dataset=shapes.prompts(problems.generate("train", 8 * steps)),
         processing_class=tokenizer,
     )
 
 
-def run_arm(arm: str, method: str, folder: Path, steps: int) -> dict:
+def run_backend(backend: str, method: str, folder: Path, steps: int) -> dict:
     """``measure`` in a process of its own, which prints the row as its only line of JSON."""
-    command = [sys.executable, __file__, "--arm", arm, "--method", method, "--model", str(folder)]
+    command = [sys.executable, __file__, "--backend", backend, "--method", method, "--model", str(folder)]
     done = subprocess.run([*command, "--steps", str(steps)], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{arm} {method} failed:\n{(done.stdout + done.stderr)[-4000:]}")
+        raise SystemExit(f"{backend} {method} failed:\n{(done.stdout + done.stderr)[-4000:]}")
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"')))
 
 
 def compare(repeats: int, steps: int) -> list[dict]:
-    """One row per repeat, method and arm; the arms take turns."""
+    """One row per repeat, method and backend; the backends take turns."""
     have_vllm = util.find_spec("vllm") is not None
     versions = {name: metadata.version(name) for name in PACKAGES if util.find_spec(name)}
     rows = []
@@ -164,22 +164,22 @@ def compare(repeats: int, steps: int) -> list[dict]:
         make_model(Path(folder))
         for repeat in range(repeats):
             for method, size in (("sft", SFT), ("grpo", GRPO)):
-                for arm in ARMS[: 3 if have_vllm and method == "grpo" else 2]:
+                for backend in BACKENDS[: 3 if have_vllm and method == "grpo" else 2]:
                     row = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "repeat": repeat}
-                    row |= {"method": method, "arm": arm, **size, "rank": RANK, "steps": steps}
-                    row |= run_arm(arm, method, Path(folder), steps)
+                    row |= {"method": method, "backend": backend, **size, "rank": RANK, "steps": steps}
+                    row |= run_backend(backend, method, Path(folder), steps)
                     rows.append(row | {name: versions.get(name, "") for name in PACKAGES})
-                    print(f"{method} {arm}: {row['seconds_per_step']:.3f} s a step", flush=True)
+                    print(f"{method} {backend}: {row['seconds_per_step']:.3f} s a step", flush=True)
     return rows
 
 
 def show(rows: list[dict]) -> None:
     """A table of medians, with the ratio to TRL + PEFT and the range over the repeats."""
-    print(f"\n{'method':8}{'arm':14}{'s/step':>8}{'range':>16}{'ratio':>7}{'peak GiB':>10}")
+    print(f"\n{'method':8}{'backend':14}{'s/step':>8}{'range':>16}{'ratio':>7}{'peak GiB':>10}")
     for method in ("sft", "grpo"):
         plain = None
-        for arm in ARMS:
-            mine = [row for row in rows if (row["method"], row["arm"]) == (method, arm)]
+        for backend in BACKENDS:
+            mine = [row for row in rows if (row["method"], row["backend"]) == (method, backend)]
             if not mine:
                 continue
             times = [row["seconds_per_step"] for row in mine]
@@ -187,18 +187,18 @@ def show(rows: list[dict]) -> None:
             plain = plain or median
             peak = max(row["peak_memory_bytes"] for row in mine) / 2**30
             spread = f"{min(times):.3f}-{max(times):.3f}"
-            print(f"{method:8}{arm:14}{median:8.3f}{spread:>16}{median / plain:7.2f}{peak:10.2f}")
+            print(f"{method:8}{backend:14}{median:8.3f}{spread:>16}{median / plain:7.2f}{peak:10.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
-    for hidden in ("--arm", "--method", "--model"):
+    for hidden in ("--backend", "--method", "--model"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.arm:
-        row = measure(options.arm, options.method, options.model, options.steps)
+    if options.backend:
+        row = measure(options.backend, options.method, options.model, options.steps)
         print(json.dumps(row))
         return
     import torch

@@ -1,7 +1,7 @@
 """What only a GPU can check: Unsloth's kernels, vLLM's rollouts, the notebooks in the gpu profile.
 
-Untested on a GPU until it has run on one; see README.md. Every test but the notebooks loads the
-same random model of the practice model's shape, so nothing is downloaded.
+See README.md. Every test but the notebooks loads the same random model of the practice model's shape, so
+nothing is downloaded.
 """
 
 import importlib.util
@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from rlnb.model import load as models
-from rlnb.data import shapes as datasets
+from rlnb.data import shapes
+from rlnb.model import LoRA, backend, load_model, save_adapter, trainable
 from rlnb.task import problems
-from rlnb.model.load import LoRA, load_model, save_adapter
+
+import torch
+from safetensors.torch import load_file
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -30,7 +32,7 @@ NOTEBOOKS = sorted(file.stem for file in (ROOT / "notebooks").glob("[0-9]*.ipynb
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    assert models.backend() == "unsloth-gpu"
+    assert backend() == "unsloth-gpu"
     sys.path.insert(0, str(ROOT / "tests"))
     import tiny
 
@@ -62,15 +64,13 @@ def arguments(folder, **more):
 
 
 def train_grpo(model, tokenizer, folder, beta=0.0):
-    from trl import GRPOConfig, GRPOTrainer
-
     trainer = GRPOTrainer(
         model,
         reward_funcs=lambda completions, **_: [float(i) for i in range(len(completions))],
         args=GRPOConfig(
             **arguments(folder), num_generations=4, max_completion_length=16, beta=beta
         ),
-        train_dataset=datasets.prompts(problems.generate("train", 16)),
+        train_dataset=shapes.prompts(problems.generate("train", 16)),
         processing_class=tokenizer,
     )
     trainer.train()
@@ -81,8 +81,6 @@ def train_grpo(model, tokenizer, folder, beta=0.0):
 
 
 def test_unsloths_kernels_agree_with_transformers(base, tmp_path):
-    from safetensors.torch import load_file
-
     model, _ = load_model(base, LoRA())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -103,7 +101,7 @@ def test_unsloths_kernels_agree_with_transformers(base, tmp_path):
 
 def test_an_adapter_attaches_after_a_full_fine_tuning(base):
     full, _ = load_model(base)
-    count, total = models.trainable(full)
+    count, total = trainable(full)
     assert count == total
     lora, _ = load_model(base, LoRA(rank=4))
     names = [name for name, parameter in lora.named_parameters() if parameter.requires_grad]
@@ -112,13 +110,11 @@ def test_an_adapter_attaches_after_a_full_fine_tuning(base):
 
 
 def test_sft_trains(base, tmp_path):
-    from trl import SFTConfig, SFTTrainer
-
     model, tokenizer = load_model(base, LoRA())
     trainer = SFTTrainer(
         model,
         SFTConfig(**arguments(tmp_path, max_steps=20), max_length=None, packing=False),
-        train_dataset=datasets.prompt_completion(problems.generate("train", 8)),
+        train_dataset=shapes.prompt_completion(problems.generate("train", 8)),
         processing_class=tokenizer,
     )
     trainer.train()

@@ -7,10 +7,11 @@ and still a broken method falls through.
 
 import pytest
 
+from rlnb.measure.judge import auc, judge_pairs
+from rlnb.model import reward_model
 from rlnb.record import runs
-from rlnb.train import methods as training
-from rlnb.model import reward_model as reward_models
 from rlnb.task import problems
+from rlnb.train import gold_pairs, methods, responses
 
 
 def strict(report: dict) -> float:
@@ -78,15 +79,15 @@ def test_the_short_reward_model_tells_right_from_wrong():
 
 
 def test_the_reward_model_that_ships_is_a_good_judge():
-    model, tokenizer = reward_models.load("abacus-3m", training.REWARD_MODEL)
-    pairs = reward_models.judge_pairs(model, tokenizer, training.gold_pairs(held_out=True))
+    model, tokenizer = reward_model.load("abacus-3m", methods.REWARD_MODEL)
+    pairs = judge_pairs(model, tokenizer, gold_pairs(held_out=True))
     assert pairs.accuracy.n >= 250 and pairs.accuracy.mean > 0.8
-    rows = training.responses(held_out=True)
+    rows = responses(held_out=True)
     answers = [(row, text) for row in rows for text in row["responses"]]
     said = [row["prompt"] + [{"role": "assistant", "content": text}] for row, text in answers]
     right = [problems.grade(text, row["question"], row["answer"]).strict for row, text in answers]
-    scores = list(zip(reward_models.score(model, tokenizer, said), right, strict=True))
-    area = reward_models.auc([s for s, good in scores if good], [s for s, good in scores if not good])
+    scores = list(zip(reward_model.score(model, tokenizer, said), right, strict=True))
+    area = auc([s for s, good in scores if good], [s for s, good in scores if not good])
     assert area > 0.85
 
 
@@ -95,14 +96,14 @@ def mean_of_last(run: runs.Run, name: str, n: int = 5) -> float:
     return sum(values) / len(values)
 
 
-def test_ppo_learns_from_the_judge_while_the_leash_holds():
-    leashed, loose = reversed(runs.find(method="ppo", notebook="04_rlhf_ppo", status="done"))
-    assert strict(leashed.result) > strict(leashed.result["start"]) + 5
+def test_ppo_learns_from_the_judge_while_the_kl_term_holds():
+    near, loose = reversed(runs.find(method="ppo", notebook="04_rlhf_ppo", status="done"))
+    assert strict(near.result) > strict(near.result["start"]) + 5
     # Without it the judge is at least as happy, and the truth is gone.
     judged = "rewards/reward-model/mean"
-    assert mean_of_last(loose, judged) > mean_of_last(leashed, judged) - 0.2
+    assert mean_of_last(loose, judged) > mean_of_last(near, judged) - 0.2
     assert strict(loose.result) < strict(loose.result["start"]) - 10
-    assert mean_of_last(loose, "kl/sequence") > 3 * mean_of_last(leashed, "kl/sequence")
+    assert mean_of_last(loose, "kl/sequence") > 3 * mean_of_last(near, "kl/sequence")
 
 
 def test_rloo_learns_from_the_same_judge():

@@ -1,17 +1,22 @@
 """The practice model: what it is fed, that pretraining can be resumed, and that what ships is sound."""
 
 import random
+import shutil
 
 import pytest
 
-from rlnb.tools import pretrain
-from rlnb.model import load as models
+from rlnb.model import load_model
 from rlnb.task import problems
+from rlnb.tools import card, pretrain
+from rlnb.tools.setup import ROOT
+
+from transformers import AutoTokenizer
 
 SMALL = pretrain.Settings(
     tokens=6 * 2 * 64, rows=2, length=64, vocabulary=400, hidden=128, mlp=128, layers=1
 )
 
+SHIPPED = ROOT / "data" / "abacus-3m"
 DIGITS = (pretrain.SHORT, pretrain.LONG)
 
 
@@ -61,18 +66,15 @@ def test_interrupted_and_resumed_equals_never_interrupted(tmp_path, monkeypatch,
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert a.equal(b), name
 
-    pretrain.save(resumed, tokenizer, facts, tmp_path / "cut")
+    card.save(resumed, tokenizer, facts, tmp_path / "cut")
     assert not (tmp_path / "cut" / "resume.pt").exists()
-    _, loaded = models.load_model(tmp_path / "cut")
+    _, loaded = load_model(tmp_path / "cut")
     assert loaded.get_vocab() == tokenizer.get_vocab()
 
 
 def test_what_ships():
-    from transformers import AutoTokenizer
-
-    folder = models.DATA / "abacus-3m"
-    assert sum(f.stat().st_size for f in folder.iterdir()) < 10 * 2**20
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert sum(f.stat().st_size for f in SHIPPED.iterdir()) < 10 * 2**20
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     digits = tokenizer("407", add_special_tokens=False).input_ids
     assert tokenizer.convert_ids_to_tokens(digits) == ["4", "0", "7"]
@@ -83,7 +85,16 @@ def test_what_ships():
 
 
 def test_the_shipped_tokenizer_comes_out_again():
-    from transformers import AutoTokenizer
-
-    shipped = AutoTokenizer.from_pretrained(models.DATA / "abacus-3m")
+    shipped = AutoTokenizer.from_pretrained(SHIPPED)
     assert pretrain.build_tokenizer(pretrain.Settings()).get_vocab() == shipped.get_vocab()
+
+
+def test_the_card_of_a_small_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(card, "COUNT", 20)
+    monkeypatch.setattr(problems, "ID_KINDS", sorted({p.kind for p in problems.load("id")[:20]}))
+    shutil.copytree(SHIPPED, tmp_path / "small")
+    card.write(tmp_path / "small")
+    text = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("# small\n") and text in capsys.readouterr().out
+    shipped = (SHIPPED / "README.md").read_text(encoding="utf-8")
+    assert text.split("| split |")[0].replace("# small", "# abacus-3m") == shipped.split("| split |")[0]
