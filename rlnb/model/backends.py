@@ -30,7 +30,8 @@ for _name, _value in {
 def backend() -> str:
     """Import Unsloth, once, and name what does the work: "unsloth-cpu", "unsloth-gpu" or "plain".
 
-    Warns if it comes too late to patch the others. Raises RuntimeError, with Unsloth's own message, where it is installed and does not import.
+    Warns if it comes too late to patch the others. Raises RuntimeError, with Unsloth's own message, where it
+    is installed and does not import.
     """
     mac = sys.platform == "darwin"
     if mac or importlib.util.find_spec("unsloth") is None:

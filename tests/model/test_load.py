@@ -403,6 +403,19 @@ def test_an_unsloth_that_does_not_import_is_reported(tmp_path):
     assert "a banner" in done.stderr
 
 
+@pytest.mark.skipif(backend() == "plain", reason="there is no Unsloth here")
+@pytest.mark.parametrize("early", ["", "transformers", "peft"])
+def test_what_comes_before_unsloth_is_pointed_out(early):
+    imports = f"import {early}\n" if early else ""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{imports}import rlnb.model"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(folders.DATA.parent)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "")
+    says = "came before Unsloth, which then leaves some of its patches out: restart, and import rlnb.model above"
+    assert (f"{early} {says}" in done.stderr if early else says not in done.stderr), done.stderr
+
+
 def test_quiet_holds_back_what_is_printed_and_shows_it_on_an_error(capsys):
     with quiet():
         print("a banner")
