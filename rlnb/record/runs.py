@@ -184,11 +184,11 @@ def this_notebook() -> str | None:
 def _new_folder(name: str) -> Path:
     """A folder for this run alone. Without a run.json it is no run yet."""
     place = root() / ".others" if int(os.environ.get("RANK", "0")) else root()
-    for again in itertools.count(1):
-        folder = place / (name if again == 1 else f"{name}-{again}")
+    for folder in itertools.chain([place / name], (place / f"{name}-{n}" for n in itertools.count(2))):
         with suppress(FileExistsError):  # another run of this second
             folder.mkdir(parents=True)
-            return folder
+            break
+    return folder
 
 
 def _read(folder: Path) -> Run:
