@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,9 @@ from rlnb.model.load import backend, load_model, quiet
 # to 3e-6, 2e-3 and 4e-2. A trained adapter whose scale is wrong by 1 % is off by 6e-3, one left out by 0.4.
 TOLERANCE = {"float32": 5e-5, "float16": 1e-2, "bfloat16": 1e-1}
 FILES = (
-    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
-    "tokenizer*", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "README.md",
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "README.md",
+    "tokenizer*", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
-SETTINGS = ("rank", "alpha", "learning_rate", "max_steps", "batch")  # first in the model card
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,9 @@ class Check:
     """How far a merged model is from base + adapter, over the tokens of its own greedy answers.
 
     difference: root mean square over all logits, divided by that of the logits of base + adapter.
-    tolerance: TOLERANCE of the coarser type, the merged model's or the one that base + adapter runs in.
-    same: how many of `texts` answers base + adapter writes token for token. In 16 bits an answer may part
-    where two tokens are almost equally likely, so this number decides nothing.
+    tolerance: of the coarser type, the merged model's or the one that base + adapter runs in.
+    same: how many of `texts` answers base + adapter writes too. It decides nothing: in 16 bits answers may part
+        where two tokens are almost equally likely.
     """
 
     dtype: str
@@ -49,23 +47,19 @@ class Check:
         return self.difference <= self.tolerance
 
     def __str__(self) -> str:
-        return (
-            f"{self.dtype}: logits differ by {self.difference:.1e} of their size (allowed "
-            f"{self.tolerance:.0e}), same greedy text on {self.same} of {self.texts} prompts"
-        )
+        return (f"{self.dtype}: logits differ by {self.difference:.1e} of their size (allowed {self.tolerance:.0e}), "
+                f"same greedy text on {self.same} of {self.texts} prompts")  # fmt: skip
 
 
 def check_merge(
     model: Any, tokenizer: Any, prompts: Sequence[sampling.Prompt], *,
     dtype: str = "bfloat16", max_new_tokens: int = 64,
 ) -> list[Check]:  # fmt: skip
-    """Compare the merged model with base + adapter: its weights, its logits and its greedy text.
+    """Compare the merged model with base + adapter: its weights, its logits and its greedy text on the prompts.
 
-    Twice: merged in place, in the type of the model's weights, and written to disk in `dtype` and loaded
-    again, as `export_merged` does. prompts: as `sample` takes them.
-
-    Raises RuntimeError if a weight on disk is not W + s B A rounded once, TypeError or ValueError where
-    there is nothing to merge. Whether the logits agree is each Check's `ok`.
+    Twice: merged in place, in the type of the model's weights, and written to disk in `dtype` and loaded again.
+    Raises RuntimeError if a weight on disk is not W + s B A rounded once, TypeError or ValueError where there is
+    nothing to merge. Whether the logits agree is each Check's `ok`.
     """
     with tempfile.TemporaryDirectory() as folder:
         return _write_checked(model, tokenizer, Path(folder), prompts, dtype, max_new_tokens)
@@ -78,14 +72,10 @@ def export_merged(
 ) -> Path:  # fmt: skip
     """Write the merged model with tokenizer and model card, once it has passed `check_merge` on the prompts.
 
-    The folder is what transformers, vLLM and llama.cpp's converter read (the converter knows a list of
-    tokenizers, and the practice model's is not on it). It appears whole or not at all, and replaces an
-    earlier export. dtype: "bfloat16", "float16" or "float32". For the model card: run, a
-    rlnb.record.runs.Run; data, in words what the adapter was trained on; licence, known for the
-    practice model alone.
-
-    Raises RuntimeError if the merged model is not base + adapter, FileExistsError if the folder holds
-    anything but a model, TypeError or ValueError where there is nothing to merge.
+    The folder is what transformers, vLLM and llama.cpp's converter read. It appears whole or not at all, and
+    replaces an earlier export. dtype: "bfloat16", "float16" or "float32". For the model card: run, a Run; data, in
+    words what the adapter was trained on; licence, known for the practice model.
+    Raises what `check_merge` does, RuntimeError too if the logits differ, FileExistsError for a folder of other files.
     """
     folder = Path(folder).expanduser().absolute()
     new = folders.replacement(folder, "a merged model", FILES)
@@ -102,20 +92,15 @@ def export_merged(
     return folder
 
 
-def export_gguf(
-    model: Any, tokenizer: Any, folder: str | os.PathLike[str], quantization: str = "q8_0"
-) -> list[Path]:
+def export_gguf(model: Any, tokenizer: Any, folder: str | os.PathLike[str], kind: str = "q8_0") -> list[Path]:
     """Write GGUF files for llama.cpp through Unsloth, which builds llama.cpp first, and return their paths.
 
-    Raises RuntimeError where this is no GPU machine, and names the other way.
+    kind: the quantization. RuntimeError where this is no GPU machine, which names the other way.
     """
-    if (kind := backend()) != "unsloth-gpu":
-        raise RuntimeError(
-            f"GGUF is written through Unsloth on a GPU machine, and this is {kind}. Elsewhere: "
-            "export_merged(model, tokenizer, FOLDER, prompts), then, in a checkout of llama.cpp, "
-            f"python convert_hf_to_gguf.py FOLDER --outtype {quantization}"
-        )
-    written = model.save_pretrained_gguf(str(folder), tokenizer, quantization_method=quantization)
+    if backend() != "unsloth-gpu":
+        raise RuntimeError("GGUF is written through Unsloth on a GPU machine. Elsewhere: export_merged, then, in a "
+                           f"checkout of llama.cpp, python convert_hf_to_gguf.py FOLDER --outtype {kind}")  # fmt: skip
+    written = model.save_pretrained_gguf(str(folder), tokenizer, quantization_method=kind)
     return [Path(file) for file in written["gguf_files"]]
 
 
@@ -138,19 +123,24 @@ def _write_checked(
         written, _ = load_model(folder, dtype=kind)
     _check_weights(model, written, dtype)
     on_disk = _answers(written, tokenizer, prompts, max_new_tokens)
-    tolerance = max(TOLERANCE[own], TOLERANCE[dtype])
-    return [_compare(model, own, TOLERANCE[own], *in_place), _compare(model, dtype, tolerance, *on_disk)]
+    return [_compare(model, own, TOLERANCE[own], *in_place),
+            _compare(model, dtype, max(TOLERANCE[own], TOLERANCE[dtype]), *on_disk)]  # fmt: skip
 
 
-def _write(model: Any, tokenizer: Any, folder: Path, dtype: str) -> None:
-    """Write the merged weights, added up in float32 and rounded once to this type, config and tokenizer."""
+def _merged_weights(model: Any, update: Callable[[Any, str], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The base's weights by name, in float32 plus update(layer, adapter) where an adapter is in use."""
     base = model.get_base_model()
     state = {n.replace(".base_layer", ""): t for n, t in base.state_dict().items() if ".lora_" not in n}
     for name, layer in adapters.lora_layers(base).items():
         for adapter in set(layer.active_adapters) & layer.lora_A.keys():
-            update = layer.get_delta_weight(adapter).detach()
-            state[f"{name}.weight"] = state[f"{name}.weight"].float() + update.float()
-    rounded = {}  # tied weights stay one tensor, so that transformers writes them once
+            state[f"{name}.weight"] = state[f"{name}.weight"].float() + update(layer, adapter).detach().float()
+    return state
+
+
+def _write(model: Any, tokenizer: Any, folder: Path, dtype: str) -> None:
+    """Write the merged weights, added up in float32 and rounded once to this type, config and tokenizer."""
+    base, rounded = model.get_base_model(), {}  # tied weights stay one tensor: transformers writes them once
+    state = _merged_weights(model, lambda layer, adapter: layer.get_delta_weight(adapter))
     for name, weight in state.items():
         kind = getattr(torch, dtype) if weight.is_floating_point() else weight.dtype
         state[name] = rounded.setdefault(weight.data_ptr(), weight.to(kind))
@@ -163,15 +153,13 @@ def _write(model: Any, tokenizer: Any, folder: Path, dtype: str) -> None:
 
 
 def _check_weights(model: Any, written: Any, dtype: str) -> None:
-    """Raise RuntimeError unless each weight on disk is W + s B A, rounded once: to the bit."""
-    base = model.get_base_model()
-    expected = {n.replace(".base_layer", ""): p.detach() for n, p in base.named_parameters()}
-    for name, layer in adapters.lora_layers(base).items():
-        for adapter in set(layer.active_adapters) & layer.lora_A.keys():
-            a, b = (part[adapter].weight.detach().float() for part in (layer.lora_A, layer.lora_B))
-            update = layer.scaling[adapter] * (b @ a)
-            update = update.T if layer.fan_in_fan_out else update
-            expected[f"{name}.weight"] = expected[f"{name}.weight"].float() + update
+    """Raise RuntimeError unless each weight on disk is W + s B A, worked out anew and rounded once: to the bit."""
+
+    def update(layer: Any, adapter: str) -> torch.Tensor:
+        found = layer.scaling[adapter] * (layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float())
+        return found.T if layer.fan_in_fan_out else found
+
+    expected = _merged_weights(model, update)
     for name, found in written.named_parameters():
         if not torch.equal(expected[name].to(getattr(torch, dtype)).to(found.dtype), found):
             raise RuntimeError(f"nothing is saved: {name} on disk is not W + s B A")
@@ -179,30 +167,25 @@ def _check_weights(model: Any, written: Any, dtype: str) -> None:
 
 def _answers(model: Any, tokenizer: Any, prompts: Any, max_new_tokens: int) -> tuple[list, torch.Tensor]:
     """The token ids of each prompt and of its greedy answer, and the `_logits` of the answers."""
-    sampled = sampling.sample(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=0, progress=False
-    )
-    prompt_ids = sampling.tokenize(tokenizer, prompts)
-    rows = [(ids, answer) for ids, [answer] in zip(prompt_ids, sampled.ids, strict=True)]
+    options = dict(max_new_tokens=max_new_tokens, temperature=0, progress=False)
+    answers = [answer for [answer] in sampling.sample(model, tokenizer, prompts, **options).ids]
+    rows = list(zip(sampling.tokenize(tokenizer, prompts), answers, strict=True))
     return rows, _logits(model, rows)
 
 
 def _logits(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """(N, vocabulary) float32 logits that predict the N tokens of the answers, in their order.
-
-    The inner model runs: a trainer may have left its autocast on the outer one.
-    """
+    """(N, vocabulary) float32 logits that predict the N tokens of the answers, in their order."""
+    # The inner model runs: a trainer may have left its autocast on the outer one.
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    modes = [(module, module.training) for module in inner.modules()]
     ids = pad_sequence([torch.tensor(p + a) for p, a in rows], batch_first=True)  # on the right
+    modes = [(module, module.training) for module in inner.modules()]
     try:
         with torch.no_grad():
             logits = inner.eval()(input_ids=ids.to(inner.device)).logits.float().cpu()
     finally:
         for module, training in modes:
             module.training = training
-    cuts = [slice(len(prompt) - 1, len(prompt) + len(answer) - 1) for prompt, answer in rows]
-    return torch.cat([row[cut] for row, cut in zip(logits, cuts, strict=True)])
+    return torch.cat([row[len(p) - 1 : len(p) + len(a) - 1] for row, (p, a) in zip(logits, rows, strict=True)])
 
 
 def _compare(model: Any, dtype: str, tolerance: float, rows: list, found: torch.Tensor) -> Check:
@@ -217,21 +200,15 @@ def _compare(model: Any, dtype: str, tolerance: float, rows: list, found: torch.
 # --- the model card ------------------------------------------------------------------------------
 
 
-def _model_card(
-    model: Any, checks: Sequence[Check], run: Any, data: str | None, licence: str | None, name: str
-) -> str:
+def _model_card(model: Any, checks: Any, run: Any, data: str | None, licence: str | None, name: str) -> str:
     """What the model was made from and how, and what is known of its quality, in Markdown."""
     base = folders.base_name(model.get_base_model().name_or_path)
-    if licence is None and (folders.DATA / base).is_dir():
-        licence = "apache-2.0"
+    licence = licence or ("apache-2.0" if (folders.DATA / base).is_dir() else None)
     adapter = model.peft_config[model.active_adapter]
     facts = {
         "base model": base,
         "adapter": f"LoRA rank {adapter.r}, alpha {adapter.lora_alpha}, merged into the weights",
-        "method": run.method if run else "not recorded",
-        "data": data or (f"{run.labels} labelled examples" if run and run.labels else "not recorded"),
-        "seed": run.seed if run else "not recorded",
-        "started from": run.parent if run and run.parent else "the base model",
+        "data": data or "not recorded",
         "weights": checks[-1].dtype,
         "merge checked": "; ".join(map(str, checks)),
         "licence": licence or "the base model's: look there before you pass this on",
@@ -241,16 +218,11 @@ def _model_card(
     head += [f"license: {licence}"] if licence else []
     lines = ["---", *head, "---", "", f"# {name}", *_table(facts)]
     if run:
-        lines += ["", f"## Result of run {run.id}", *_table(run.result)]
-        lines += ["", "## Settings", *_table(_settings(run.config))]
+        facts = {"method": run.method, "seed": run.seed, "started from": run.parent, "labels": run.labels}
+        plain = {key: value for key, value in run.config.items() if isinstance(value, int | float | str)}
+        plain = {key: value for key, value in plain.items() if not Path(str(value)).is_absolute()}
+        lines += ["", f"## Run {run.id}", *_table(facts | run.result), "", "## Settings", *_table(plain)]
     return "\n".join(lines) + "\n"
-
-
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """At most 25 plain values that are set, the usual ones first; no path of this machine."""
-    names = [key for key, value in config.items() if isinstance(value, int | float | str)]
-    names = [key for key in names if not Path(str(config[key])).is_absolute()]
-    return {key: config[key] for key in sorted(names, key=lambda key: key not in SETTINGS)[:25]}
 
 
 def _table(rows: dict[str, Any]) -> list[str]:

@@ -1,15 +1,13 @@
-"""What training with LoRA costs in memory: predicted from a model's config alone, then measured.
-
-Figures are in bytes; MB is 2**20 of them, as in the registry of runs.
+"""What training with LoRA costs in memory: predicted from a model's config alone, then measured. In bytes; MB is
+2**20 of them, as in the registry of runs.
 """
 
 import gc
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,9 +25,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes, but for the first two. These and vllm are exact; the sum of weights to logits is the peak of
-    training, at the start of the backward pass.
-    """
+    """Bytes, but for the first two. These and vllm are exact; the sum of weights to logits is the peak."""
 
     parameters: int  # with the adapter's
     trainable: int
@@ -44,42 +40,38 @@ class Prediction:
 
     @property
     def peak(self) -> int:
-        """What training needs in all, without vLLM."""
+        """What training needs in all, without vLLM: at the start of the backward pass."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
 def predict(
     model: str | os.PathLike[str] | Any, lora: LoRA | None = None, *, batch: int, length: int,
-    dtype: str = "float32", autocast: bool = True, checkpointing: bool = False,
-    max_lora_rank: int = 64, fused: bool | None = None,
+    dtype: str = "float32", autocast: bool = True, checkpointing: bool = False, max_lora_rank: int = 64,
 ) -> Prediction:  # fmt: skip
-    """The memory that training takes, for a decoder of Llama's kind. No weights are read.
+    """The memory that training with torch's Adam takes, for a decoder of Llama's kind. No weights are read.
 
     model: as ``load_model`` takes it, or a config of transformers. lora: None is full fine-tuning.
     batch: sequences per forward pass, of `length` tokens each, prompt and padding included.
     dtype: of the weights; an adapter is in float32. autocast: matrix products in bfloat16 (bf16=True).
     checkpointing: keep each layer's input alone, and compute the rest again in the backward pass.
-    max_lora_rank: for vLLM, which takes the next of its own ranks.
-    fused: attention that keeps no weights; default: on a GPU, and where rlnb.model.attention is.
-
-    The optimizer is torch's Adam: two numbers for each trainable parameter, in its type.
-    Raises ValueError for a value out of range and for a config of no causal LM.
+    max_lora_rank: for vLLM, which takes the next of its own ranks. Raises ValueError for a config of no causal LM.
     """
-    config, empty = _read(model, batch, length, dtype)
+    if dtype not in BYTES:
+        raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(BYTES)}")
+    config = AutoConfig.from_pretrained(resolve(model)) if isinstance(model, str | os.PathLike) else model
+    if (empty := skeleton(config)) is None:
+        raise ValueError(f"{type(config).__name__} is the config of no causal LM of transformers")
     autocast = autocast and dtype == "float32"
     total = sum(parameter.numel() for parameter in empty.parameters())  # tied ones count once
-    layers = target_layers(empty, lora.targets) if lora else {}
+    linear, layers = target_layers(empty, "all-linear"), target_layers(empty, lora.targets) if lora else {}
     added = lora.rank * _widths(layers) if lora else 0  # A is (rank, inputs), B is (outputs, rank)
     trainable, width = (added, 4) if lora else (total, BYTES[dtype])
-    linear = target_layers(empty, "all-linear")
     copies = 2 * sum(inputs * outputs for inputs, outputs in linear.values()) if autocast else 0
-    ranks = lora.rank * len(layers) if lora else 0
+    ranks, heads = lora.rank * len(layers) if lora else 0, config.num_attention_heads
     saved = activations(config, ranks, autocast, checkpointing) * BYTES[dtype] // 4
-    heads = config.num_attention_heads
-    if fused is None:
-        low = autocast or dtype != "float32"
-        fused = torch.cuda.is_available() or not attention.is_plain(batch, heads, length, length, low)
-    if not fused:  # the softmax in float32, and in 16 bits
+    low = autocast or dtype != "float32"
+    if not torch.cuda.is_available() and attention.is_plain(batch, heads, length, length, low):
+        # the softmax in float32, and in 16 bits; fused attention keeps no weights
         saved += (1 if checkpointing else config.num_hidden_layers) * heads * length * 6
     served = vllm_rank(max_lora_rank)  # in 16 bits, on every linear layer, at the cost of the KV cache
     return Prediction(
@@ -91,24 +83,11 @@ def predict(
     )  # fmt: skip
 
 
-def _read(model: Any, batch: int, length: int, dtype: str) -> tuple[Any, torch.nn.Module]:
-    """The model's config and the model without weights, once the sizes are checked."""
-    for name, value in (("batch", batch), ("length", length)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
-    if dtype not in BYTES:
-        raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(BYTES)}")
-    config = AutoConfig.from_pretrained(resolve(model)) if isinstance(model, str | os.PathLike) else model
-    if (empty := skeleton(config)) is None:
-        raise ValueError(f"{type(config).__name__} is the config of no causal LM of transformers")
-    return config, empty
-
-
 def _widths(layers: dict[str, tuple[int, int]]) -> int:
     return sum(inputs + outputs for inputs, outputs in layers.values())
 
 
-def activations(config: Any, ranks: int, autocast: bool, checkpointing: bool = False) -> int:
+def activations(config: Any, ranks: int, autocast: bool, checkpointing: bool) -> int:
     """Bytes per token that the forward pass keeps for the backward pass, without the logits.
 
     A layer of width d, with q and k wide queries and keys and i in its MLP, keeps in float32: 5 d (the inputs
@@ -120,10 +99,10 @@ def activations(config: Any, ranks: int, autocast: bool, checkpointing: bool = F
     d, i, n = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     head = getattr(config, "head_dim", None) or d // config.num_attention_heads
     q, k = head * config.num_attention_heads, head * config.num_key_value_heads
+    layer = 4 * (5 * d + q + 2 * k + 4 * i)
     if autocast:
-        layer, width = 4 * 2 * d + 2 * (6 * d + q + 2 * k + 4 * i), 2
-    else:
-        layer, width = 4 * (5 * d + q + 2 * k + 4 * i), 4
+        layer = 4 * 2 * d + 2 * (6 * d + q + 2 * k + 4 * i)
+    width = 2 if autocast else 4
     if checkpointing:  # every layer's input, and everything of the one that is at work
         return n * 4 * d + layer + width * ranks // n
     return n * layer + width * ranks
@@ -146,11 +125,9 @@ def measure(work: Callable[[], Any]) -> Measured:
     before = machine.linux_memory()
     work()
     after = machine.linux_memory()
-    return Measured(
-        # Pages of files, a library's code above all, come and go: they are not counted.
-        ram=after["VmHWM"] - after["RssFile"] - before["RssAnon"] if after else None,
-        gpu=torch.cuda.max_memory_allocated() - held if torch.cuda.is_initialized() else None,
-    )
+    # Pages of files, a library's code above all, come and go: they are not counted.
+    ram = after["VmHWM"] - after["RssFile"] - before["RssAnon"] if after else None
+    return Measured(ram, torch.cuda.max_memory_allocated() - held if torch.cuda.is_initialized() else None)
 
 
 def try_out(
@@ -159,23 +136,25 @@ def try_out(
 ) -> tuple[Prediction, Measured]:  # fmt: skip
     """Train on random tokens for three steps, and return what was predicted and what it took.
 
-    In a process of its own, since memory that this one holds already would be used again. There glibc is told
-    to give large blocks back at once: by itself it holds about twice what is in use.
-    Raises RuntimeError with the process's last words if it fails.
+    In a process of its own, since memory that this one holds would be used again. There glibc is told to give
+    large blocks back at once: by itself it holds about twice what is in use.
     """
     predicted = predict(name, lora, batch=batch, length=length, autocast=autocast)
-    task = {"name": str(name), "lora": lora and asdict(lora), "batch": batch, "length": length}
-    task["autocast"] = autocast
-    own = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "rlnb.model.memory", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | own)
-    if done.returncode:
-        raise RuntimeError(f"the training to measure failed: {done.stderr[-2000:]}")
-    return predicted, Measured(**json.loads(done.stdout.splitlines()[-1]))
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # read when a process starts
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return predicted, pool.submit(_train_measured, name, lora, batch, length, autocast).result()
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
 
-def _train(name: str, lora: dict | None, batch: int, length: int, autocast: bool) -> None:
-    model, _ = load_model(name, LoRA(**lora) if lora else None, dtype="float32", max_lora_rank=512)
+def _train_measured(name: str, lora: LoRA | None, batch: int, length: int, autocast: bool) -> Measured:
+    _train(name, lora, 1, 2, autocast)  # what is imported and compiled at first use stays
+    return measure(lambda: _train(name, lora, batch, length, autocast))
+
+
+def _train(name: str, lora: LoRA | None, batch: int, length: int, autocast: bool) -> None:
+    model, _ = load_model(name, lora, dtype="float32", max_lora_rank=512)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
     for _ in range(3):
@@ -184,9 +163,3 @@ def _train(name: str, lora: dict | None, batch: int, length: int, autocast: bool
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-if __name__ == "__main__":  # the process of `try_out`
-    task = json.loads(sys.argv[1])
-    _train(**task | {"batch": 1, "length": 2})  # what is imported and compiled at first use stays
-    print(json.dumps(asdict(measure(lambda: _train(**task)))))

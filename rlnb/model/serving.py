@@ -17,18 +17,15 @@ import torch
 
 from rlnb.model.folders import resolve
 
-NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")  # by `transformers serve`
 # Nothing calls home: transformers' command line looks for updates once a day, vLLM sends statistics.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "DO_NOT_TRACK": "1"}
-# The server's standard input is a pipe from here. It closes when this process ends, however it ends: a killed
+# The server's standard input is a pipe from here, which closes when this process ends, however it ends: a killed
 # kernel leaves no server behind.
 WATCHDOG = """
 import os, runpy, signal, sys, threading
-
 def end_with_the_pipe():
     sys.stdin.read()
     os.killpg(0, signal.SIGTERM) if hasattr(os, "killpg") else os._exit(1)
-
 threading.Thread(target=end_with_the_pipe, daemon=True).start()
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -50,11 +47,8 @@ def serve(folder: str | os.PathLike[str], *, timeout: float = 120) -> Iterator[S
             client = openai.OpenAI(base_url=server.url, api_key="none")
             client.chat.completions.create(model=server.model, messages=[...], temperature=0)
 
-    It is vLLM on a GPU that has it, else `transformers serve`; it listens on this machine only and downloads
-    nothing. timeout: seconds to wait for it to be ready.
-
-    Raises ImportError that names the missing packages, RuntimeError with the end of the server's log if it
-    stops by itself, TimeoutError with the same if it is not ready in time.
+    vLLM on a GPU that has it, else `transformers serve`; for this machine only. timeout: seconds until it is ready.
+    Raises RuntimeError with the end of the server's log if it stops by itself, TimeoutError if it is never ready.
     """
     model = resolve(folder)
     with socket.socket() as probe:
@@ -62,27 +56,27 @@ def serve(folder: str | os.PathLike[str], *, timeout: float = 120) -> Iterator[S
         port = probe.getsockname()[1]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
-            _server_command(model, port), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
+            _command(model, port), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
             env=os.environ | OFFLINE, start_new_session=True,  # so that what it starts can be stopped with it
         )  # fmt: skip
         try:
             _wait_until_ready(process, port, timeout, log)
             yield Server(f"http://127.0.0.1:{port}/v1", model)
         finally:
-            _stop(process)
+            for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):  # asked, then made to
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number) if hasattr(os, "killpg") else process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+            process.stdin.close()
 
 
-def _server_command(model: str, port: int) -> list[str]:
+def _command(model: str, port: int) -> list[str]:
     watched, where = [sys.executable, "-c", WATCHDOG], ["--host", "127.0.0.1", "--port", str(port)]
     if torch.cuda.is_available() and importlib.util.find_spec("vllm"):
         # Half of the GPU's memory, because a notebook's kernel is on it too.
         vllm = ["vllm.entrypoints.openai.api_server", "--model", model, "--gpu-memory-utilization", "0.5"]
         return [*watched, *vllm, *where]
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ImportError(
-            f"`transformers serve` needs {', '.join(missing)}, not installed here: run python -m rlnb "
-            "setup, or pip install -r requirements.txt"
-        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return [*watched, "transformers.cli.transformers", "serve", model, "--device", device, *where]
 
@@ -100,13 +94,3 @@ def _wait_until_ready(process: subprocess.Popen, port: int, timeout: float, log:
     if process.returncode is not None:
         raise RuntimeError(f"the server ended with status {process.returncode}: {tail}")
     raise TimeoutError(f"the server was not ready within {timeout:g} s: {tail}")
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """End the server and all that it started: asked first, and within ten seconds made to."""
-    for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number) if hasattr(os, "killpg") else process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-    process.stdin.close()

@@ -121,7 +121,7 @@ def _b_is_zero(run: runs.Run) -> bool:
     from safetensors import safe_open  # here, as it brings numpy
 
     with suppress(Exception), safe_open(run.adapter / "adapter_model.safetensors", "np") as weights:
-        names = [name for name in weights.keys() if ".lora_B." in name]
+        names = [name for name in weights.keys() if ".lora_B." in name]  # noqa: SIM118  it is no dict
         return bool(names) and not any(weights.get_tensor(name).any() for name in names)
     return False
 

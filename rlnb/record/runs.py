@@ -66,7 +66,7 @@ class Run:
 
     @property
     def adapter(self) -> Path:
-        """Where the run's adapter belongs; look with `.is_dir()` whether there is one."""
+        """Where the run's adapter belongs; `.is_dir()` says whether there is one."""
         return self.folder / "adapter"
 
     @property
@@ -184,11 +184,11 @@ def this_notebook() -> str | None:
 def _new_folder(name: str) -> Path:
     """A folder for this run alone. Without a run.json it is no run yet."""
     place = root() / ".others" if int(os.environ.get("RANK", "0")) else root()
-    for again in itertools.count(1):
-        folder = place / (name if again == 1 else f"{name}-{again}")
+    for folder in itertools.chain([place / name], (place / f"{name}-{n}" for n in itertools.count(2))):
         with suppress(FileExistsError):  # another run of this second
             folder.mkdir(parents=True)
-            return folder
+            break
+    return folder
 
 
 def _read(folder: Path) -> Run:
@@ -243,8 +243,7 @@ def delete(run: Run) -> None:
     """Deletes a run with all its files. Raises ValueError for one that still runs."""
     if load(run.id).status == "running":
         raise ValueError(f"run {run.id} is still running: stop it first")
-    gone = run.folder.rename(run.folder.with_name(f".{run.id}.gone"))  # readers never see half
-    shutil.rmtree(gone)
+    shutil.rmtree(run.folder.rename(run.folder.with_name(f".{run.id}.gone")))  # readers never see half
 
 
 def differences(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
@@ -265,15 +264,14 @@ def table(runs: Iterable[Run] | None = None, columns: Iterable[str] | None = Non
     runs = find() if runs is None else list(runs)
     results = {f"result.{key}": None for run in runs for key, value in run.result.items()
                if is_proportion(value) or not isinstance(value, dict | list)}  # fmt: skip
-    names = columns or (*COLUMNS, *results)
-    cells = {name: [_in_words(run.get(name)) for run in runs] for name in names}
+    cells = {name: [_in_words(run.get(name)) for run in runs] for name in columns or (*COLUMNS, *results)}
     return pd.DataFrame(cells, dtype=object).dropna(axis=1, how="all").convert_dtypes()
 
 
 def is_proportion(value: Any) -> bool:
     """Whether a value is {"k": successes, "n": trials}."""
-    plain = isinstance(value, dict) and all(isinstance(of, int | float) for of in value.values())
-    return plain and set(value) == {"k", "n"} and value["n"] > 0
+    counts = isinstance(value, dict) and set(value) == {"k", "n"} and all(isinstance(v, int) for v in value.values())
+    return counts and value["n"] > 0
 
 
 def _in_words(value: Any) -> Any:

@@ -202,11 +202,9 @@ def test_what_is_exported_is_16_bit_without_lora_and_without_a_path(pair, base, 
 
 
 def test_the_card_says_what_the_model_is_made_of(pair, tmp_path):
-    config = {"seed": 7, "output_dir": str(tmp_path), "warmup": None, "learning_rate": 2e-3}
-    config |= {"beta": 0.1, "rank": 8}
+    config = {"output_dir": str(tmp_path), "warmup": None, "learning_rate": 2e-3, "beta": 0.1, "rank": 8}
     run = SimpleNamespace(
-        id="20261120-sft", method="sft", seed=7, parent=None, labels=128,
-        config=config | {f"other_{n}": n for n in range(40)},
+        id="20261120-sft", method="sft", seed=7, parent="20261119-sft", labels=128, config=config,
         result={"strict": {"k": 130, "n": 200}, "mean_tokens": 31.25},
     )  # fmt: skip
     folder = export.export_merged(
@@ -222,12 +220,13 @@ def test_the_card_says_what_the_model_is_made_of(pair, tmp_path):
         "| base model | tiny |",
         "| adapter | LoRA rank 8, alpha 16, merged into the weights |",
         "| method | sft |",
-        "| data | 128 labelled examples |",
+        "| data | not recorded |",
+        "| labels | 128 |",
         "| seed | 7 |",
-        "| started from | the base model |",
+        "| started from | 20261119-sft |",
         "| weights | bfloat16 |",
         "| licence | mit |",
-        "## Result of run 20261120-sft",
+        "## Run 20261120-sft",
         "| strict | 130 of 200 (65.0 %) |",
         "| mean_tokens | 31.25 |",
         "| beta | 0.1 |",
@@ -236,8 +235,7 @@ def test_the_card_says_what_the_model_is_made_of(pair, tmp_path):
     assert any(line.startswith("| merge checked | float32: logits differ") for line in lines)
     assert any(line.startswith("| made with | python ") for line in lines)
     settings = lines[lines.index("## Settings") + 4 :]
-    assert settings[:2] == ["| learning_rate | 0.002 |", "| rank | 8 |"]
-    assert len(settings) == 25 and not {"warmup", "output_dir"} & {row.split()[1] for row in settings}
+    assert settings == ["| learning_rate | 0.002 |", "| beta | 0.1 |", "| rank | 8 |"]
 
 
 def test_without_a_run_the_card_says_so(pair, tmp_path):
@@ -245,7 +243,7 @@ def test_without_a_run_the_card_says_so(pair, tmp_path):
         *pair, tmp_path / "out", PROMPTS[:1], data="ten problems", max_new_tokens=4
     )
     text = (folder / "README.md").read_text()
-    assert "| method | not recorded |" in text
+    assert "method" not in text
     assert "| data | ten problems |" in text
     assert "| licence | the base model's: look there before you pass this on |" in text
     assert "license:" not in text
@@ -299,5 +297,5 @@ def test_what_is_not_exported(pair, base, tmp_path):
 
 @pytest.mark.skipif("export.backend() == 'unsloth-gpu'")
 def test_gguf_names_the_other_way(pair, tmp_path):
-    with pytest.raises(RuntimeError, match=r"GPU machine, and this is .*convert_hf_to_gguf\.py"):
+    with pytest.raises(RuntimeError, match=r"GPU machine.*convert_hf_to_gguf\.py"):
         export.export_gguf(*pair, tmp_path)

@@ -50,7 +50,7 @@ def program(monkeypatch, started):
 
     def use(code):
         monkeypatch.setattr(
-            serving, "_server_command", lambda model, port: [sys.executable, "-c", code, str(port)]
+            serving, "_command", lambda model, port: [sys.executable, "-c", code, str(port)]
         )
         return started
 
@@ -97,15 +97,6 @@ def test_a_server_that_is_never_ready_is_stopped(folder, program):
     assert time.monotonic() - before < 60
 
 
-def test_missing_packages_are_named(folder, monkeypatch):
-    monkeypatch.setattr(serving, "NEEDED", ("json", "no_such_package"))
-    with (
-        pytest.raises(ImportError, match=r"needs no_such_package, not .* -m rlnb setup"),
-        serving.serve(folder),
-    ):
-        pass
-
-
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config.json"), serving.serve(tmp_path):
         pass
@@ -117,7 +108,7 @@ def test_a_server_ends_with_the_process_that_started_it(folder, tmp_path):
     (tmp_path / "ready.py").write_text(READY)
     code = (
         "import sys, time; from rlnb.model import serving\n"
-        "serving._server_command = lambda model, port: ["
+        "serving._command = lambda model, port: ["
         "sys.executable, '-c', serving.WATCHDOG, 'ready', str(port)]\n"
         f"with serving.serve({str(folder)!r}) as server: print(server.url, flush=True); input()"
     )

@@ -254,9 +254,8 @@ def test_what_is_broken_is_skipped_with_one_warning_and_what_is_no_run_without(r
 @pytest.mark.parametrize(
     "change",
     [
-        {"started": 5}, {"started": None}, {"status": ["done"]}, {"config": []}, {"config": None}, {"result": 1},
-        {"timers": []}, {"seconds": "5"}, {"labels": "4"}, {"method": None}, {"model": {}}, {"machine": "cpu"},
-        {"status": "running", "process": {"host": platform.node(), "born": "1"}}, {"status": "running", "process": 5},
+        {"started": None}, {"status": ["done"]}, {"config": []}, {"seconds": "5"}, {"method": None}, {"machine": "cpu"},
+        {"status": "running", "process": {"host": platform.node(), "born": "1"}},
     ],
 )  # fmt: skip
 def test_a_field_of_a_wrong_kind_breaks_that_run_and_no_other(registry, change):
