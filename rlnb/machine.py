@@ -1,6 +1,6 @@
 """What a run is told of the machine and of its own process, in MB of 2**20 bytes.
 
-The doctor reads this on an old Python without packages: so it imports each where it needs it.
+The doctor reads this on an old Python without packages: so each is imported where it is needed.
 """
 
 from __future__ import annotations
@@ -9,26 +9,22 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rlnb import __version__
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "datasets", "accelerate",
-            "vllm")  # fmt: skip
-BF16 = {"amx_bf16", "avx512_bf16", "bf16"}  # what CPUs call their instructions for it
+PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "datasets", "accelerate", "vllm")
 
 
 def versions() -> dict[str, str]:
     """Name -> version of Python, rlnb and what is installed of PACKAGES. Imports none of them."""
-    from importlib.metadata import PackageNotFoundError, version
-
     found = {"python": platform.python_version(), "rlnb": __version__}
     for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
     return found
 
 
@@ -38,11 +34,11 @@ def describe() -> dict[str, Any]:
 
 
 def process() -> dict[str, Any]:
-    """This process, for `alive` to recognise."""
+    """This process, for `alive` to recognise: its birth tells it from a later one of the same number."""
     return {"pid": os.getpid(), "host": platform.node(), "born": _born(os.getpid())}
 
 
-def alive(process: Mapping[str, Any]) -> bool:
+def alive(process: dict[str, Any]) -> bool:
     """Whether a process still lives; one of another machine gets the benefit of the doubt."""
     if process.get("host") != platform.node():
         return True
@@ -50,18 +46,14 @@ def alive(process: Mapping[str, Any]) -> bool:
 
 
 def _born(pid: int) -> str | None:
-    """When a process started, which tells it from a later one of the same number; None if dead."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if boot.is_file():  # Linux: ticks since a named boot, so a changed clock does not matter
+    if boot := _words("/proc/sys/kernel/random/boot_id"):  # Linux: ticks since that boot, whatever the clock does
         with suppress(OSError):
             state, *stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            return None if state in "ZX" else f"{boot.read_text().strip()}:{stat[18]}"
+            return None if state in "ZX" else f"{boot[0]}:{stat[18]}"
         return None
     import psutil
 
-    with suppress(psutil.Error):
-        return f"{psutil.Process(pid).create_time():.0f}"
-    return None
+    return f"{psutil.Process(pid).create_time():.0f}" if psutil.pid_exists(pid) else None
 
 
 def reset_peak_memory() -> None:
@@ -73,7 +65,7 @@ def reset_peak_memory() -> None:
 
 
 def trim() -> None:
-    """Gives freed memory back to the system, which glibc keeps: some 20 ms, and nothing elsewhere."""
+    """Gives freed memory back to the system, which glibc holds: some 20 ms, and nothing elsewhere."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # a C library without it
             ctypes.CDLL(None).malloc_trim(0)
@@ -88,16 +80,12 @@ def linux_memory() -> dict[str, int]:
 
 def peak_memory_mb() -> float:
     """The most memory that this process has held: since the reset on Linux, else since it began."""
-    if peak := linux_memory().get("VmHWM"):  # a child would take over its parent's peak from getrusage
+    if peak := linux_memory().get("VmHWM"):  # getrusage would give a child its parent's
         return round(peak / 2**20, 1)
-    if sys.platform == "win32":
-        import psutil
+    import psutil
 
-        return round(psutil.Process().memory_info().peak_wset / 2**20, 1)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)  # bytes there, else KiB
+    used = psutil.Process().memory_info()
+    return round(getattr(used, "peak_wset", used.rss) / 2**20, 1)  # Windows has a peak; macOS what it holds now
 
 
 def gpu() -> tuple[float | None, str | None]:
@@ -119,12 +107,15 @@ def free_memory() -> int:
 
 def container(name: str) -> list[int]:
     """The numbers in a file of cgroup v2; [] where there is no limit and outside of containers."""
-    file = Path("/sys/fs/cgroup", name)
-    words = file.read_text().split() if file.is_file() else []
+    words = _words(f"/sys/fs/cgroup/{name}")
     return [int(word) for word in words] if all(map(str.isdigit, words)) else []
 
 
 def cpu_bf16() -> set[str] | None:
     """The CPU's instructions for bf16, by name; None where the system does not tell."""
-    file = Path("/proc/cpuinfo")
-    return BF16 & set(file.read_text().split()) if file.is_file() else None
+    words = _words("/proc/cpuinfo")
+    return {"amx_bf16", "avx512_bf16", "bf16"} & set(words) if words else None
+
+
+def _words(file: str) -> list[str]:
+    return Path(file).read_text().split() if Path(file).is_file() else []

@@ -13,7 +13,7 @@ _LOCK = threading.Lock()
 class _Routed:
     """A standard stream that gives what some threads write to texts of their own, and passes on the rest.
 
-    A library may keep it for good, as logging's handlers do: then it passes everything on. It is no
+    A library may hold it for good, as logging's handlers do: then it passes everything on. It is no
     io.TextIOBase, whose encoding and fileno would hide the stream's own.
     """
 
@@ -33,29 +33,28 @@ class _Routed:
 
 @contextmanager
 def captured(stderr: bool = True) -> Iterator[io.StringIO]:
-    """What this thread writes to sys.stdout and sys.stderr goes into the text that this yields, and what it
-    displays in a notebook goes nowhere. stderr=False: sys.stdout alone, so that progress bars pass.
+    """What this thread writes to sys.stdout and sys.stderr goes into the text that this yields, what it displays in
+    a notebook nowhere. stderr=False: sys.stdout alone, so that progress bars pass.
 
-    contextlib.redirect_stdout would take from all threads: a training in the background of a notebook would
-    swallow what the cells print meanwhile.
+    contextlib.redirect_stdout would take from all threads, also from a notebook's cells while another one trains.
     """
     text, me = io.StringIO(), threading.get_ident()
-    names = ("stdout", "stderr") if stderr else ("stdout",)
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     publisher = getattr(shell, "display_pub", None) if stderr else None
-    register = getattr(publisher, "register_hook", None)  # ipykernel's; each thread has hooks of its own
+    hooks = hasattr(publisher, "register_hook")  # ipykernel's; each thread has its own
     with _LOCK:
-        for name in names:
+        streams = {}
+        for name in ("stdout", "stderr") if stderr else ("stdout",):
             if not isinstance(getattr(sys, name), _Routed):
                 setattr(sys, name, _Routed(getattr(sys, name)))
-            getattr(sys, name).texts.setdefault(me, []).append(text)
-        streams = {name: getattr(sys, name) for name in names}
+            streams[name] = getattr(sys, name)
+            streams[name].texts.setdefault(me, []).append(text)
+    if hooks:
+        publisher.register_hook(_drop)
     try:
-        if register:
-            register(_drop)
         yield text
     finally:
-        if register:
+        if hooks:
             publisher.unregister_hook(_drop)
         with _LOCK:
             for name, routed in streams.items():

@@ -2,14 +2,13 @@
 
     Verifier()  Noisy(rate=0.2)  LengthBiased()  Clarity(detail=0.8)  AI(score)
 
-``preferences.annotate`` lets one loose on rows of responses. One of your own is a class with a name
-and a ``score``.
+``preferences.annotate`` asks one about rows of responses.
 """
 
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -39,12 +38,13 @@ class Annotator:
         scores = self.scores(row)
         if any(map(math.isnan, scores)):
             raise ValueError(f"row {row['id']}: {self.name} scores {scores}, which has no order")
-        return compared(scores), scores
+        places = combinations(range(len(scores)), 2)
+        return [(i, j, (scores[i] > scores[j]) - (scores[i] < scores[j])) for i, j in places], scores
 
 
 @dataclass(frozen=True)
 class Verifier(Annotator):
-    """The verifier: 1 for a strictly right response (format, answer and trace), else 0."""
+    """1 for a strictly right response (format, answer and trace), else 0."""
 
     name: str = "gold"
 
@@ -54,10 +54,7 @@ class Verifier(Annotator):
 
 @dataclass(frozen=True)
 class Noisy(Annotator):
-    """Compares as another annotator does and turns each verdict round with probability ``rate``.
-
-    Its ties stay. The verdicts need not be transitive; ranks go by the number of comparisons won.
-    """
+    """Compares as another annotator does and turns each verdict but ties round with probability ``rate``."""
 
     rate: float = 0.2
     of: Annotator = field(default_factory=Verifier)
@@ -73,10 +70,7 @@ class Noisy(Annotator):
 
 @dataclass(frozen=True)
 class LengthBiased(Annotator):
-    """Scores as another annotator does and adds ``weight`` points for every ten characters.
-
-    With the verifier and weight 0.5, 20 characters more (one to two equations) outweigh being wrong.
-    """
+    """Scores as another annotator does and adds ``weight`` points for every ten characters."""
 
     weight: float = 0.5
     of: Annotator = field(default_factory=Verifier)
@@ -92,9 +86,8 @@ class Clarity(Annotator):
     """Judges three dimensions from 0 to 1 and takes their mean, weighted by the first three fields.
 
     correctness: half for the right answer, half for a trace without a mistake.
-    clarity: a matter of taste. The share ``detail`` is for shown work (a third for each equation, up
-        to three), the rest for brevity (1 for no text, falling to 0 at 200 characters); halved if an
-        equation comes twice.
+    clarity: a matter of taste. The share ``detail`` is for shown work (a third for each equation, up to
+        three), the rest for brevity (1 for no text, 0 at 200 characters); halved if an equation comes twice.
     format: 1 in the strict format, else an eighth for each of the four tags that comes once.
     """
 
@@ -128,28 +121,22 @@ class Clarity(Annotator):
         return total / (self.correctness + self.clarity + self.format)
 
 
+@dataclass(frozen=True)
 class AI(Annotator):
     """A model as the annotator, which sees the prompt and the response and no answer (RLAIF).
 
-    score: from conversations, prompt and response together, to a number for each, such as
-    ``lambda texts: reward_model.score(model, tokenizer, texts)`` or the mean log-probability that a
-    causal model gives the response, ``judge.mean_log_prob``.
+    model_score: from conversations, prompt and response together, to a number for each, such as
+        ``lambda texts: reward_model.score(model, tokenizer, texts)``, or ``judge.mean_log_prob`` likewise.
     """
 
-    def __init__(self, score: Callable[[list[list[dict[str, str]]]], list[float]], name: str = "ai") -> None:
-        self.model_score, self.name = score, name
+    model_score: Callable[[list[list[dict[str, str]]]], list[float]]
+    name: str = "ai"
 
     def scores(self, row: Row) -> list[float]:
         texts = list(dict.fromkeys(row["responses"]))  # equal texts must get equal scores
         says = [[*row["prompt"], {"role": "assistant", "content": text}] for text in texts]
         found = dict(zip(texts, self.model_score(says), strict=True))
         return [found[text] for text in row["responses"]]
-
-
-def compared(scores: Sequence[float]) -> list[Comparison]:
-    """Every pair of responses compared by score; for a list of ranks, pass their negatives."""
-    places = combinations(range(len(scores)), 2)
-    return [(i, j, (scores[i] > scores[j]) - (scores[i] < scores[j])) for i, j in places]
 
 
 def check_rate(rate: float, name: str = "rate") -> None:

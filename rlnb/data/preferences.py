@@ -3,7 +3,7 @@
     responses = rows(problems, sample(model, tokenizer, prompts, n=4).texts)
     ranked = annotate(responses, annotators.Verifier())      which is better than which
     data, left_out = pairs(ranked)                           for the reward model, DPO and ORPO
-    data, left_out = unpaired(ranked)                        for KTO
+    labels = unpair(data)                                    for KTO
 
 A response row is {id, question, answer, kind, prompt, responses}. Annotating adds {annotator,
 comparisons, ranks, scores}: comparisons hold (i, j, c) for responses i < j, with c = 1 where i is
@@ -25,8 +25,6 @@ from rlnb.task import problems as task
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FIELDS = {"id": str, "question": str, "answer": int, "kind": str, "responses": list}
-
 
 def rows(problems: Sequence[task.Problem], texts: Sequence[Sequence[str]]) -> list[Row]:
     """Response rows of problems: texts[i] are the responses that were sampled to problems[i]."""
@@ -44,16 +42,14 @@ def write(rows: Iterable[Row], path: str | Path) -> None:
 
 def read(path: str | Path) -> list[Row]:
     """The rows of a JSONL file. Raises ValueError with the file, the line, the field and its value."""
-    rows = []
+    kinds, found = {"id": str, "question": str, "answer": int, "kind": str, "responses": list}, []
     for where, row in shapes.lines(Path(path)):
         shapes.check_row(row, "prompts", where)
-        for name, kind in FIELDS.items():
+        for name, kind in kinds.items():
             if type(row.get(name)) is not kind:
                 raise ValueError(f"{where}, {name}: {row.get(name)!r:.80} is no {kind.__name__}")
-        if not row["responses"] or not all(isinstance(text, str) for text in row["responses"]):
-            raise ValueError(f"{where}, responses: {row['responses']!r:.80} are no texts")
-        rows.append(row)
-    return rows
+        found.append(row)
+    return found
 
 
 def annotate(rows: Iterable[Row], annotator: Annotator, seed: int = 0) -> list[Row]:
@@ -71,8 +67,7 @@ def judged(
     """An annotated row: a response row with comparisons, and the ranks that follow from them."""
     comparisons = [list(c) for c in comparisons]  # lists, as JSON gives them back
     ranked = ranks(len(row["responses"]), comparisons)
-    return row | {"annotator": annotator, "comparisons": comparisons, "ranks": ranked,
-                  "scores": scores}  # fmt: skip
+    return row | {"annotator": annotator, "comparisons": comparisons, "ranks": ranked, "scores": scores}
 
 
 def ranks(n: int, comparisons: Iterable[Comparison]) -> list[int]:
@@ -104,79 +99,40 @@ def pairs(ranked: Iterable[Row], how: str = "all", seed: int = 0) -> "tuple[Data
             decided = random.Random(f"{seed}-{row['id']}").sample(decided, min(1, len(decided)))
         seen: set[tuple] = set()
         for i, j in decided:
-            chosen, rejected = row["responses"][i], row["responses"][j]
-            if reason := _unfit((chosen, rejected), seen):
-                left_out[reason] += 1
+            chosen, rejected = pair = row["responses"][i], row["responses"][j]
+            if not chosen.strip() or not rejected.strip():
+                left_out["empty"] += 1
+            elif pair in seen or chosen == rejected:
+                left_out["duplicates"] += 1
             else:
-                pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
-                found.append(pair | {"id": row["id"]})
+                seen.add(pair)
+                found.append(dict(prompt=row["prompt"], chosen=chosen, rejected=rejected, id=row["id"]))
     if not found:
         raise ValueError(f"no pair is left; left out are {dict(left_out)}")
     return shapes.preference(found), left_out
 
 
-def unpaired(ranked: Iterable[Row], seed: int = 0) -> "tuple[Dataset, Counter]":
-    """Annotated rows as single responses: columns prompt, completion, label and id.
-
-    Good are the responses of the best rank of a prompt, bad those of the last; a prompt with one rank is a
-    tie. In random order: KTOTrainer keeps to the order, and a batch with one label teaches little.
-    Returns also how many were left out: ties, middle (ranks between), duplicates, empty.
-    """
-    found, left_out = [], Counter(ties=0, middle=0, duplicates=0, empty=0)
-    for row in ranked:
-        last, seen = max(row["ranks"]), set()
-        if last == 1:
-            left_out["ties"] += 1
-            continue
-        for text, rank in zip(row["responses"], row["ranks"], strict=True):
-            if 1 < rank < last:
-                left_out["middle"] += 1
-            elif reason := _unfit((text, rank == 1), seen):
-                left_out[reason] += 1
-            else:
-                labelled = {"prompt": row["prompt"], "completion": text, "label": rank == 1}
-                found.append(labelled | {"id": row["id"]})
-    random.Random(seed).shuffle(found)
-    return shapes.unpaired(found), left_out
-
-
 def unpair(pairs: "Dataset", seed: int = 0) -> "Dataset":
-    """Each pair as a good and a bad completion, in random order.
+    """Each pair as a good and a bad completion: columns prompt, completion, label and the rest.
 
-    The rows of TRL's unpair_preference_dataset, which come all good, then all bad. A response that won
-    one comparison and lost another has both labels.
+    The rows of TRL's unpair_preference_dataset, which come all good, then all bad; here in random order, as
+    KTOTrainer keeps to it and a batch with one label teaches little.
     """
     found = []
     for row in pairs:
         rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
-        found += [{**rest, "completion": row["chosen"], "label": True},
-                  {**rest, "completion": row["rejected"], "label": False}]  # fmt: skip
+        found += [rest | {"completion": row["chosen"], "label": True},
+                  rest | {"completion": row["rejected"], "label": False}]  # fmt: skip
     random.Random(seed).shuffle(found)
     return shapes.unpaired(found)
 
 
-def noise(data: "Dataset", rate: float, seed: int = 0) -> "Dataset":
-    """Turn round a share of the pairs, or of the labels of an unpaired data set.
-
-    A column ``flipped`` tells which. Under one seed a higher rate flips the same ones and more.
-    """
+def noise(pairs: "Dataset", rate: float, seed: int = 0) -> "Dataset":
+    """Turn round a share of the pairs; a column ``flipped`` tells which. A higher rate flips the same and more."""
     check_rate(rate)
-    order = random.Random(seed).sample(range(len(data)), len(data))
-    flipped, rows = set(order[: round(rate * len(data))]), []
-    for i, row in enumerate(data):
-        if i in flipped and "label" in row:
-            row = {**row, "label": not row["label"]}
-        elif i in flipped:
-            row = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
-        rows.append({**row, "flipped": i in flipped})
-    return (shapes.unpaired if "label" in data.column_names else shapes.preference)(rows)
-
-
-def _unfit(key: tuple, seen: set) -> str | None:
-    """Why a pair, or a text with its label, is left out; None if it is not. Remembers it."""
-    if any(isinstance(part, str) and not part.strip() for part in key):
-        return "empty"
-    if key in seen or key[0] == key[1]:
-        return "duplicates"
-    seen.add(key)
-    return None
+    order = random.Random(seed).sample(range(len(pairs)), len(pairs))
+    flipped = set(order[: round(rate * len(pairs))])
+    rows = [{**row, "flipped": i in flipped} for i, row in enumerate(pairs)]
+    return shapes.preference(
+        row | {"chosen": row["rejected"], "rejected": row["chosen"]} if row["flipped"] else row for row in rows
+    )

@@ -1,19 +1,16 @@
 """Data sets in TRL's shapes, from problems or from elsewhere, and errors that name what is wrong.
 
 Every prompt and completion is conversational: a list of {"role": ..., "content": ...} messages, to
-which the trainer applies the model's own chat template. A data set from elsewhere comes in through
-``read``, or through ``preference`` and ``unpaired`` if it is in memory.
+which the trainer applies the model's own chat template.
 """
 
 import json
 import random
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlnb.task import problems as task
-from rlnb.task.problems import Problem
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,13 +25,13 @@ SHAPES = {
 ROLES = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
 
 
-def prompt_completion(problems: Sequence[Problem]) -> "Dataset":
+def prompt_completion(problems: Sequence[task.Problem]) -> "Dataset":
     """Demonstrations for SFTTrainer: columns prompt and completion, the right solution."""
     rows = [{"prompt": task.prompt(p), "completion": task.solution(p)} for p in problems]
     return _build("prompt-completion", _numbered(rows))
 
 
-def prompts(problems: Sequence[Problem]) -> "Dataset":
+def prompts(problems: Sequence[task.Problem]) -> "Dataset":
     """Prompts for GRPOTrainer, with what the reward functions read: id, kind, question, answer."""
     columns = ("id", "kind", "question", "answer")
     rows = [{"prompt": task.prompt(p)} | {c: getattr(p, c) for c in columns} for p in problems]
@@ -44,8 +41,7 @@ def prompts(problems: Sequence[Problem]) -> "Dataset":
 def preference(rows: Iterable[Mapping[str, Any]]) -> "Dataset":
     """Pairs for RewardTrainer, DPOTrainer and ORPOTrainer: columns prompt, chosen, rejected.
 
-    rows: mappings with these, each as text or as messages; other columns stay.
-    Raises ValueError, naming row, field and value, for what no trainer can use.
+    rows: mappings with these, each as text or as messages; other columns stay. Raises ValueError as ``read``.
     """
     return _build("preference", _numbered(rows))
 
@@ -71,104 +67,37 @@ def subset(problems: "Sequence | Dataset", n: int, seed: int = 0) -> "list | Dat
 
 
 def read(source: str | Path, shape: str, split: str = "train", **options: Any) -> "Dataset":
-    """A data set in one of SHAPES from a .jsonl or .parquet file, a folder, or "owner/name".
+    """A data set in one of SHAPES from a .jsonl or .parquet file, a folder, or "owner/name" on the hub.
 
-    "owner/name" is a data set on the Hugging Face hub, which is asked only if there is no such
-    folder here. It and a folder are read by datasets.load_dataset, which gets split and options.
-    Plain strings become messages, and preferences whose prompt is implicit (the messages that
-    chosen and rejected share) get it as a column.
-
-    Raises FileNotFoundError, ConnectionError, and ValueError with the place (the file and the line),
-    the field and its value: for a column that is missing, messages that are none, an empty text,
-    roles other than [system,] user, assistant, ..., user in the prompt and one assistant in the rest,
-    chosen and rejected that are equal, and labels that are not true or false or all the same.
+    split and options go to datasets.load_dataset, which reads all but .jsonl. Strings become messages. Raises
+    FileNotFoundError, and ValueError with file, line, field and value for what no trainer can use.
     """
     if shape not in SHAPES:
         raise ValueError(f"there is no shape {shape!r}; there are {', '.join(SHAPES)}")
-    name = f"{Path(source).name if Path(source).is_file() else source}: "
-    return _build(shape, _places(source, split, options), name)
-
-
-def _build(shape: str, places: Iterable[tuple[str, Any]], name: str = "") -> "Dataset":
-    """The rows, each with the place where it stands, checked one by one and then together."""
-    import pyarrow
-    from datasets import Dataset
-
-    rows = []
-    for where, row in places:
-        rows.append(_conversational(row) if isinstance(row, Mapping) else row)
-        check_row(rows[-1], shape, where)
-    if not rows:
-        raise ValueError(f"{name}a data set of shape {shape} needs a row, and there is none")
-    if shape == "unpaired" and len({row["label"] for row in rows}) == 1:
-        raise ValueError(
-            f"{name}label is {rows[0]['label']} in all {len(rows)} rows: KTO learns from good and bad "
-            "ones, so it needs both"
-        )
-    columns = dict.fromkeys(column for row in rows for column in row)
-    try:
-        return Dataset.from_list([{c: row.get(c) for c in columns} for row in rows])
-    except (pyarrow.ArrowException, TypeError, UnicodeError) as error:
-        raise ValueError(f"{name}the rows do not fit into columns: {error}") from error
-
-
-def _conversational(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose texts are messages: the prompt the user's, the other columns the assistant's.
-
-    As in TRL, whose function drops other columns, the prompt is what chosen and rejected share at their
-    start, if there is no prompt column or if that is a string beside messages.
-    """
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(row.get("prompt"), list):
-        most = max(0, min(len(chosen), len(rejected)) - 1)
-        n = next((i for i in range(most) if chosen[i] != rejected[i]), most)
-        if n:
-            row = {**row, "prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]}
-    return {column: [{"role": ROLES[column], "content": value}]
-            if column in ROLES and isinstance(value, str) else value
-            for column, value in row.items()}  # fmt: skip
-
-
-def _places(source: str | Path, split: str, options: dict) -> Iterator[tuple[str, Any]]:
-    """The rows of a source, each with the place where it stands."""
     path = Path(source)
     if path.is_file() and path.suffix == ".jsonl":
-        return lines(path)
-    if path.is_file() and path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            return _numbered(pyarrow.parquet.read_table(path).to_pylist(), f"{path.name}, ")
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{path.name}: {error}") from error
-    if path.is_file():
-        raise ValueError(f"{path.name}: a data set is a .jsonl or .parquet file, not {path.suffix}")
-    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source))
-    if not path.is_dir() and (not on_hub or path.suffix in (".json", ".jsonl", ".parquet", ".csv")):
-        raise FileNotFoundError(f"no file or folder {str(source)!r}; a data set on the hub is 'owner/name'")
+        return _build(shape, lines(path), f"{path.name}: ")
     from datasets import load_dataset
 
-    return _numbered(load_dataset(str(source), split=split, **options), f"{source}, ")
+    if path.is_file() and path.suffix == ".parquet":
+        rows = load_dataset("parquet", data_files=str(path), split=split, **options)
+        return _build(shape, _numbered(rows, f"{path.name}, "))
+    a_file = path.suffix in (".json", ".jsonl", ".parquet", ".csv")
+    if not path.is_dir() and (a_file or str(source).count("/") != 1):
+        raise FileNotFoundError(f"{source} is no .jsonl or .parquet file, no folder and no 'owner/name' on the hub")
+    return _build(shape, _numbered(load_dataset(str(source), split=split, **options), f"{source}, "))
 
 
 def lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The values of a JSONL file, each with the file and the line where it stands.
-
-    Raises ValueError, with these, for what is no JSON or no UTF-8.
-    """
+    """The values of a JSONL file, each with the file and line where it stands; ValueError for what is no JSON."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"{path.name}, line {number}"
                 try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                except (ValueError, RecursionError) as error:
+                    yield where, json.loads(line.decode("utf-8-sig"))
+                except ValueError as error:  # no JSON, or no UTF-8
                     raise ValueError(f"{where}: {error} in {line!r:.80}") from error
-                yield where, row
-
-
-def _numbered(rows: Iterable[Any], name: str = "") -> Iterator[tuple[str, Any]]:
-    return ((f"{name}row {i}", row) for i, row in enumerate(rows))
 
 
 def check_row(row: Any, shape: str, where: str) -> None:
@@ -177,17 +106,14 @@ def check_row(row: Any, shape: str, where: str) -> None:
         raise ValueError(f"{where}: {row!r:.80} is not an object with columns")
     for column in SHAPES[shape]:
         if column not in row:
-            raise ValueError(
-                f"{where}: no column {column!r}, there are {', '.join(row) or 'none'}; "
-                f"shape {shape} needs {', '.join(SHAPES[shape])}"
-            )
+            there, needed = ", ".join(row) or "none", ", ".join(SHAPES[shape])
+            raise ValueError(f"{where}: no column {column!r}, there are {there}; shape {shape} needs {needed}")
         if column != "label":
             _check_messages(row[column], f"{where}, {column}", of_prompt=column == "prompt")
         elif not isinstance(row[column], bool):
             raise ValueError(f"{where}, label: {row[column]!r:.80} is not true or false")
     if shape == "preference" and row["chosen"] == row["rejected"]:
-        text = row["chosen"][0]["content"]
-        raise ValueError(f"{where}: chosen and rejected are both {text!r:.80}: a pair needs two responses")
+        raise ValueError(f"{where}: chosen and rejected are both {row['chosen'][0]['content']!r:.80}")
 
 
 def _check_messages(messages: Any, where: str, of_prompt: bool) -> None:
@@ -201,7 +127,32 @@ def _check_messages(messages: Any, where: str, of_prompt: bool) -> None:
             raise ValueError(f"{where}, message {i}, content: {content!r:.80} is no text")
     roles = [message["role"] for message in messages]
     spoken = roles[1:] if of_prompt and roles[0] == "system" else roles
-    turns = ["user", "assistant"] * len(spoken) if of_prompt else ["assistant"]
-    if spoken != turns[: len(spoken)] or len(spoken) % 2 == 0:
+    n = len(spoken) | 1  # a prompt is an odd number of turns
+    turns = (["user", "assistant"] * n)[:n] if of_prompt else ["assistant"]
+    if spoken != turns:
         wanted = "[system,] user, assistant, ..., user" if of_prompt else "one assistant message"
         raise ValueError(f"{where}: the roles are {', '.join(map(str, roles))}, not {wanted}")
+
+
+def _build(shape: str, places: Iterable[tuple[str, Any]], name: str = "") -> "Dataset":
+    """The rows, each with the place where it stands, checked one by one and then together."""
+    from datasets import Dataset
+
+    rows = []
+    for where, row in places:
+        if isinstance(row, Mapping):
+            says = {c: row[c] for c in ROLES if isinstance(row.get(c), str)}
+            row = {**row} | {c: [{"role": ROLES[c], "content": text}] for c, text in says.items()}
+        check_row(row, shape, where)
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{name}a data set of shape {shape} needs a row, and there is none")
+    if shape == "unpaired" and len({row["label"] for row in rows}) == 1:
+        alike = f"{name}label is {rows[0]['label']} in all {len(rows)} rows"
+        raise ValueError(f"{alike}: KTO learns from good and bad ones, so it needs both")
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return Dataset.from_list([{c: row.get(c) for c in columns} for row in rows])
+
+
+def _numbered(rows: Iterable[Any], name: str = "") -> Iterator[tuple[str, Any]]:
+    return ((f"{name}row {i}", row) for i, row in enumerate(rows))

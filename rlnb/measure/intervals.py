@@ -10,6 +10,7 @@ from statistics import NormalDist, fmean, stdev
 
 Z = NormalDist().inv_cdf(0.975)  # 1.96
 
+
 @dataclass(frozen=True)
 class Estimate:
     """A value between 0 and 1 and its interval. Unpacks into the three: mean, low, high = estimate."""
@@ -32,21 +33,13 @@ class Proportion:
     k: int
     n: int
 
+    mean = property(lambda self: self.k / self.n)
+    low = property(lambda self: wilson(self.k, self.n)[0])
+    high = property(lambda self: wilson(self.k, self.n)[1])
+
     def __post_init__(self) -> None:
         if not 0 <= self.k <= self.n or self.n < 1:
             raise ValueError(f"{self.k} successes in {self.n} trials: need 0 <= k <= n and n >= 1")
-
-    @property
-    def mean(self) -> float:
-        return self.k / self.n
-
-    @property
-    def low(self) -> float:
-        return wilson(self.k, self.n)[0]
-
-    @property
-    def high(self) -> float:
-        return wilson(self.k, self.n)[1]
 
     def __str__(self) -> str:
         return str(Estimate(self.mean, self.low, self.high))
@@ -56,38 +49,35 @@ def wilson(k: int, n: int) -> tuple[float, float]:
     """The Wilson score interval of k successes in n trials (Wilson 1927, JASA 22, p. 209)."""
     from statsmodels.stats.proportion import proportion_confint
 
-    Proportion(k, n)  # raises for what is none
     low, high = proportion_confint(k, n, alpha=0.05, method="wilson")
     return 0.0 if k == 0 else low, 1.0 if k == n else high  # exact there, but for rounding
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher the second share is than the first, on the same problems."""
+    """How much higher the second of two shares is, on the same n problems: gained are those that only the second
+    solves, lost those that only the first does.
 
-    mean: float
-    low: float
-    high: float
-    gained: int  # problems that only the second solves
-    lost: int  # problems that only the first solves
+    With the adjusted Wald interval of Agresti and Min (2005, Statistics in Medicine 24, p. 729): half an
+    observation more in each cell of the two-by-two table holds the level for small counts.
+    """
+
+    gained: int
+    lost: int
     n: int
+
+    mean = property(lambda self: (self.gained - self.lost) / self.n)
+    low = property(lambda self: max(-1.0, self._interval()[0]))
+    high = property(lambda self: min(1.0, self._interval()[1]))
+
+    def _interval(self) -> tuple[float, float]:
+        more, n = self.gained - self.lost, self.n + 2
+        half = Z * math.sqrt(self.gained + self.lost + 1 - more**2 / n) / n
+        return more / n - half, more / n + half
 
     def __str__(self) -> str:
         mean, low, high = (f"{100 * x:+.1f}" for x in (self.mean, self.low, self.high))
         return f"{mean} points [{low}, {high}]; {self.gained} gained, {self.lost} lost of {self.n}"
-
-
-def paired(gained: int, lost: int, n: int) -> Difference:
-    """The difference between two shares of the same n, of which some were gained and some lost.
-
-    What both have or both miss says nothing on it, so the interval is narrower than from two separate
-    proportions. It is the adjusted Wald interval of Agresti and Min (2005, Statistics in Medicine 24,
-    p. 729): half an observation more in each cell of the two-by-two table holds the level for small counts.
-    """
-    middle = (gained - lost) / (n + 2)
-    half = Z * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2)) / (n + 2)
-    low, high = max(-1.0, middle - half), min(1.0, middle + half)
-    return Difference((gained - lost) / n, low, high, gained, lost, n)
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:

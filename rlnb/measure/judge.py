@@ -25,7 +25,7 @@ class PairReport:
 
     @property
     def accuracy(self) -> Proportion:
-        """How often the chosen completion has the higher reward; equal rewards count as wrong."""
+        """How often the chosen one has the higher reward; equal rewards count as wrong."""
         return Proportion(sum(m > 0 for m in self.margins), len(self.margins))
 
     @property
@@ -34,10 +34,7 @@ class PairReport:
         return float(np.logaddexp(0, -np.array(self.margins)).mean())
 
     def calibration(self, bins: int = 5) -> list[tuple[float, Proportion]]:
-        """(mean confidence, share in the right order) of equally many pairs each, least sure first.
-
-        Confidence is sigmoid(|margin|). Of a calibrated model the two agree.
-        """
+        """(mean of sigmoid(|margin|), share in the right order) of equally many pairs each, least sure first."""
         groups = np.array_split(sorted(self.margins, key=abs), min(bins, len(self.margins)))
         return [(float((1 / (1 + np.exp(-abs(g)))).mean()), PairReport(tuple(g.tolist())).accuracy)
                 for g in groups]  # fmt: skip
@@ -52,13 +49,11 @@ def judge_pairs(model: Any, tokenizer: Any, pairs: Iterable[Mapping[str, Any]]) 
 
 
 def mean_log_prob(model: Any, tokenizer: Any, conversations: Sequence[Messages]) -> list[float]:
-    """What a causal model makes of each conversation's last message: the mean log-probability of its
-    tokens and of the end token, in nats per token, in float32.
-    """
+    """The mean log-probability of each conversation's last message and its end token, in nats per token."""
     heads = sampling.tokenize(tokenizer, [messages[:-1] for messages in conversations])
     ids = tokenizer.apply_chat_template(list(conversations), tokenize=True, return_dict=True)["input_ids"]
     pairs = [(own[: len(head)], own[len(head) :]) for own, head in zip(ids, heads, strict=True)]
-    found: list[float] = []
+    found = []
     for start in range(0, len(pairs), 16):
         batch = pairs[start : start + 16]
         for row, (_, response) in zip(log_probs(model, batch), batch, strict=True):
@@ -70,8 +65,7 @@ def mean_log_prob(model: Any, tokenizer: Any, conversations: Sequence[Messages])
 def auc(right: Iterable[float], wrong: Iterable[float]) -> float:
     """The chance that one of the right scores higher than one of the wrong; a tie counts half.
 
-    The area under the ROC curve, and the statistic of Mann and Whitney (1947) over its largest
-    value; 0.5 for a model that cannot tell. Raises ValueError if either has no score.
+    The area under the ROC curve: 0.5 for a model that cannot tell. Raises ValueError if either has no score.
     """
     right, wrong = list(right), list(wrong)
     if not right or not wrong:
@@ -85,9 +79,8 @@ def best_of_n(
 ) -> dict[int, float]:
     """Expected gold score of the sample with the highest proxy score among n, mean over prompts.
 
-    proxy, gold: (prompts, samples). Exact, not by drawing: with the N samples of a prompt sorted by
-    proxy, the i-th is the best of n with probability C(i-1, n-1) / C(N, n). Equal proxy scores share
-    their places. Raises ValueError for an n outside 1..N.
+    proxy, gold: (prompts, samples). Exact, not by drawing: with the N samples of a prompt sorted by proxy, the
+    i-th is the best of n with probability C(i-1, n-1) / C(N, n). Raises ValueError for an n outside 1..N.
     """
     prompts = list(zip(proxy, gold, strict=True))
     return {n: float(np.mean([_expected_best(p, g, n) for p, g in prompts])) for n in ns}

@@ -19,21 +19,17 @@ SCORED_AT_ONCE = 2**26  # log-probabilities, in numbers: 256 MiB for each of the
 
 @dataclass(frozen=True)
 class KL:
-    """KL(policy || reference) in nats per sequence; each error is a standard error over prompts.
+    """KL(policy || reference) in nats per sequence, and its standard error over prompts.
 
-    mean is the exact KL of each next token, given what was sampled before it, summed over the
-    sequence: an average over all tokens instead of the one that was drawn. It is unbiased, never
-    negative, and never varies more than k1 (arXiv 2504.10637). k1 sums log p - log q of the tokens
-    drawn, k3 sums q/p - 1 - log(q/p) (J. Schulman, Approximating KL Divergence, 2020): both are
-    unbiased too, k1 can come out negative, and k3 can be ruled by a few rare tokens.
+    mean is the exact KL of each next token, given what was sampled before it, summed over the sequence: an
+    average over all tokens instead of the one that was drawn. It is unbiased, never negative, and never
+    varies more than k1 (arXiv 2504.10637), the sum of log p - log q of the tokens drawn (J. Schulman,
+    Approximating KL Divergence, 2020), which PPO and GRPO log.
     """
 
     mean: float
     error: float
     k1: float
-    k1_error: float
-    k3: float
-    k3_error: float
     sequences: int
 
     def __str__(self) -> str:
@@ -42,51 +38,45 @@ class KL:
 
 def kl(
     model: Any, tokenizer: Any, prompts: Sequence[sampling.Prompt], *, reference: Any = None, n: int = 1,
-    max_new_tokens: int = 64, seed: int = 0, batch_size: int = 256, progress: str | bool | None = None,
+    max_new_tokens: int = 64, seed: int = 0, progress: str | bool | None = None,
 ) -> KL:
     """How far the policy is from its reference, on n fresh samples (temperature 1) of each prompt.
 
-    reference: a model; None is the policy with its adapter disabled, that is the base. After GRPO
-        from an SFT adapter the base is not where GRPO started: pass the SFT model for that.
-    A sequence ends at the end token or after max_new_tokens. The rest is as for ``sampling.sample``.
-
-    Raises ValueError with less than two prompts, and if there is no adapter to disable or its
-    initialisation has changed the base.
+    reference: a model; None is the policy with its adapter disabled, that is the base. After GRPO from an
+    SFT adapter the base is not where GRPO started: pass the SFT model for that. The rest is as for
+    ``sampling.sample``. Raises ValueError with less than two prompts, and if there is no adapter to disable
+    or its initialisation has changed the base.
     """
     if len(prompts) < 2:
         raise ValueError(f"{len(prompts)} prompt: a standard error over prompts needs two or more")
     if reference is None:
         _check_adapter(model)
-    found = sampling.sample(
-        model, tokenizer, prompts, n, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size,
-        progress=progress,
-    )
+    settings = dict(max_new_tokens=max_new_tokens, seed=seed, progress=progress)
+    found = sampling.sample(model, tokenizer, prompts, n, **settings)
     prompt_ids = sampling.tokenize(tokenizer, prompts)
     pairs = [(p, c) for p, group in zip(prompt_ids, found.ids, strict=True) for c in group]
     at_once = max(1, SCORED_AT_ONCE // (model.config.get_text_config().vocab_size * max_new_tokens))
-    sums: list[tuple[float, float, float]] = []
+    sums: list[tuple[float, float]] = []
     for start in range(0, len(pairs), at_once):
         batch = pairs[start : start + at_once]
         policy = log_probs(model, batch)
         with model.disable_adapter() if reference is None else nullcontext():
             other = log_probs(model if reference is None else reference, batch)
         sums += _divergences(policy, other, batch)
-    figures = []
-    for values in zip(*sums, strict=True):
-        by_prompt = [fmean(values[i : i + n]) for i in range(0, len(values), n)]
-        figures += [fmean(by_prompt), stdev(by_prompt) / math.sqrt(len(by_prompt))]
-    return KL(*figures, sequences=len(pairs))
+    exact, k1 = zip(*sums, strict=True)
+    by_prompt = [fmean(exact[i : i + n]) for i in range(0, len(exact), n)]
+    return KL(fmean(by_prompt), stdev(by_prompt) / math.sqrt(len(by_prompt)), fmean(k1), len(pairs))
 
 
 def _check_adapter(model: Any) -> None:
     configs = getattr(model, "peft_config", {})
     if not configs:
         raise ValueError("the model has no adapter to disable: pass reference=, the base for one")
-    for name, config in configs.items():
+    for config in configs.values():
         if rewrites_base(config.init_lora_weights):
             raise ValueError(
-                f"adapter {name!r} was initialised with {config.init_lora_weights!r}, which changes the "
-                "base's weights: without the adapter it is not the base, so pass that as reference="
+                f"the adapter was initialised with {config.init_lora_weights!r}, which changes the base's "
+                "weights: without it the model is not the base, so pass that as reference="
             )
 
 
@@ -95,20 +85,18 @@ def log_probs(model: Any, pairs: Pairs) -> torch.Tensor:
     ids, mask = (x.to(model.device) for x in left_pad([p + c for p, c in pairs], 0))
     longest = max(len(completion) for _, completion in pairs)
     with sampling.inference(model) as module:
-        logits = module(
-            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=False, logits_to_keep=longest + 1,
-        ).logits
-        return logits[:, -longest - 1 : -1].float().log_softmax(-1)
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        out = module(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False,
+                     logits_to_keep=longest + 1)  # fmt: skip
+        return out.logits[:, -longest - 1 : -1].float().log_softmax(-1)
 
 
-def _divergences(policy: torch.Tensor, reference: torch.Tensor, pairs: Pairs) -> list[tuple[float, ...]]:
-    """The exact, k1 and k3 sums of each row; log-probabilities as from ``log_probs``."""
+def _divergences(policy: torch.Tensor, reference: torch.Tensor, pairs: Pairs) -> list[tuple[float, float]]:
     found = []
     for p, q, (_, completion) in zip(policy, reference, pairs, strict=True):
         p, q = p[-len(completion) :], q[-len(completion) :].to(p.device)
         # A token that the policy rules out adds nothing, whatever the reference makes of it.
         exact = torch.where(p.isneginf(), 0, p.exp() * (p - q)).sum()
         k1 = (p - q).gather(1, torch.tensor(completion, device=p.device)[:, None])
-        found.append((exact.item(), k1.sum().item(), ((-k1).expm1() + k1).sum().item()))
+        found.append((exact.item(), k1.sum().item()))
     return found

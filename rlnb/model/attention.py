@@ -1,13 +1,11 @@
 """The attention of models on a CPU, under the name that `use` gives them.
 
-PyTorch's fused attention is made for long texts. On short ones in bfloat16, on a CPU, it takes twice
-as long to train as plain matrix products (tests/benchmarks/bench_attention.py). These keep
-(rows, heads, length, length) numbers for the backward pass, so they are used where that is small.
-When a token is generated, grouped query heads share a key-value head (arXiv 2305.13245), which the
-fused attention would copy for each of them.
+PyTorch's fused attention is made for long texts. On short ones in bfloat16, on a CPU, it takes twice as long
+to train as plain matrix products (tests/benchmarks/bench_attention.py), which keep (rows, heads, length,
+length) numbers for the backward pass and so are used where that is small. When a token is generated, grouped
+query heads share a key-value head (arXiv 2305.13245), which the fused attention would copy for each of them.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -17,23 +15,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-MOST = 2**24  # attention weights in a layer: 96 MiB are kept of them
+MOST = 2**24  # attention weights in a layer, of which 96 MiB are kept
 PIECE = 2**22  # of them at a time: larger tensors are slower, each is fetched from the system anew
 
 
 def use(model: Any) -> None:
     """Put this attention in the place of "sdpa" in a model of transformers, on a CPU."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    if on_cpu and inner.config._attn_implementation == "sdpa":
-        inner.set_attn_implementation(_register())
-
-
-@functools.cache
-def _register() -> str:
-    AttentionInterface.register("rlnb", _attention)
-    AttentionMaskInterface.register("rlnb", sdpa_mask)
-    return "rlnb"
+    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("rlnb")
 
 
 def is_plain(rows: int, heads: int, new: int, length: int, low: bool) -> bool:
@@ -41,9 +30,7 @@ def is_plain(rows: int, heads: int, new: int, length: int, low: bool) -> bool:
     return low and new > 1 and rows * heads * new * length <= MOST
 
 
-def _attention(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **rest
-):
+def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **rest):
     rows, heads, new, size = query.shape
     unusual, mask = dropout or rest.get("position_bias") is not None, attention_mask
     if not unusual and new == 1 and heads > key.shape[1]:
@@ -68,9 +55,9 @@ def plain(
 ) -> Tensor:
     """softmax(Q K^T x scale + mask) V (arXiv 1706.03762, eq. 1), the softmax in float32.
 
-    query: (rows, heads, new, size); key and value: (rows, key-value heads, length, size). mask: (rows
-    or 1, heads or 1, new, length), True where a position is seen, or numbers to add. scale: default
-    1 / sqrt(size). Returns (rows, new, heads, size), as transformers wants it.
+    query: (rows, heads, new, size); key and value: (rows, key-value heads, length, size); mask: (rows or 1,
+    heads or 1, new, length), True where seen, or numbers to add; scale: default 1 / sqrt(size). Returns
+    (rows, new, heads, size), as transformers wants it.
     """
     rows, heads, new, size = query.shape
     shared, length = key.shape[1], key.shape[2]
@@ -78,9 +65,7 @@ def plain(
     if rows > at_once:
         own = mask is not None and len(mask) > 1  # else all rows share it
         pieces = [slice(i, i + at_once) for i in range(0, rows, at_once)]
-        return torch.cat(
-            [plain(query[i], key[i], value[i], mask[i] if own else mask, scale) for i in pieces]
-        )
+        return torch.cat([plain(query[i], key[i], value[i], mask[i] if own else mask, scale) for i in pieces])
     query = query.reshape(rows, shared, -1, size) * (size**-0.5 if scale is None else scale)
     weights = (query @ key.transpose(2, 3)).view(rows, heads, new, length)
     if mask is not None and mask.dtype == torch.bool:
@@ -91,3 +76,7 @@ def plain(
     weights = weights.softmax(-1, dtype=torch.float32).to(value.dtype)
     out = weights.view(rows, shared, -1, length) @ value
     return out.view(rows, heads, new, size).transpose(1, 2)
+
+
+AttentionInterface.register("rlnb", _attention)
+AttentionMaskInterface.register("rlnb", sdpa_mask)

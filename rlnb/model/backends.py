@@ -17,8 +17,7 @@ for _name, _value in {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TRL_EXPERIMENTAL_SILENCE": "1",  # GRPO's rollout_func and ORPO would warn at every use
     "TQDM_DELAY": "2",  # seconds: what is done before, such as tokenizing some rows, shows no bar
-    # Unsloth's chunked loss for a CPU drops TRL's entropy and token accuracy from SFT's log.
-    "UNSLOTH_CPU_CHUNKED_CE": "0",
+    "UNSLOTH_CPU_CHUNKED_CE": "0",  # Unsloth's chunked loss drops TRL's entropy and accuracy from SFT's log
     # On a CPU torch keeps a kernel for each new shape, by default 1,024 of them. Batches of text bring new
     # shapes at every step, and a run would hold ever more memory: with machine.trim, half as much.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
@@ -31,33 +30,25 @@ for _name, _value in {
 def backend() -> str:
     """Import Unsloth, once, and name what does the work: "unsloth-cpu", "unsloth-gpu" or "plain".
 
-    Warns if it comes too late to patch the others. Raises RuntimeError, with Unsloth's own message, where
-    it is installed and does not import.
+    Warns if it comes too late to patch the others. Raises RuntimeError, with Unsloth's own message, where it
+    is installed and does not import.
     """
-    reason = None
-    if sys.platform == "darwin":
-        reason = "Unsloth has no torch backend on macOS"
-    elif importlib.util.find_spec("unsloth") is None:
-        reason = "Unsloth is not installed"
-    if reason:
+    mac = sys.platform == "darwin"
+    if mac or importlib.util.find_spec("unsloth") is None:
+        reason = "Unsloth has no torch backend on macOS" if mac else "Unsloth is not installed"
         say_once(f"{reason}: models load with plain transformers and PEFT.")
         return "plain"
-    early = [name for name in ("trl", "transformers", "peft") if name in sys.modules]
-    if early and "unsloth" not in sys.modules:
-        warnings.warn(
-            f"{', '.join(early)} came before Unsloth, which then leaves some of its patches out: restart, "
-            "and import rlnb.model above them",
-            stacklevel=3,
-        )
+    if "unsloth" not in sys.modules and (early := {"trl", "transformers", "peft"} & sys.modules.keys()):
+        told = f"{', '.join(sorted(early))} came before Unsloth, which then leaves some of its patches out"
+        warnings.warn(f"{told}: restart, and import rlnb.model above them", stacklevel=3)
     try:
         with quiet():
             import unsloth  # noqa: F401  it patches the others, so it comes first
             from unsloth_zoo.device_type import DEVICE_TYPE
     except Exception as error:
         raise RuntimeError(
-            f"Unsloth is installed but does not import here: {type(error).__name__}: {error}. "
-            "Repair it, or go on without it: pip uninstall unsloth unsloth_zoo. "
-            "To leave an NVIDIA card unused set CUDA_VISIBLE_DEVICES to nothing"
+            f"Unsloth is installed but does not import here: {type(error).__name__}: {error}. Repair it, or go "
+            "on without it: pip uninstall unsloth unsloth_zoo"
         ) from error
     return "unsloth-cpu" if DEVICE_TYPE == "cpu" else "unsloth-gpu"
 
@@ -69,9 +60,8 @@ def say_once(line: str) -> None:
 
 @contextlib.contextmanager
 def quiet(bars: bool = True) -> Iterator[None]:
-    """Hold back what libraries print while they import and load; show it where they fail.
-
-    bars: whether transformers shows its progress bars, which are written to stderr and pass.
+    """Hold back what libraries print while they import and load; show it where they fail. bars: whether
+    transformers shows its progress bars, which are written to stderr and pass.
     """
     with contextlib.ExitStack() as stack:
         if not bars:

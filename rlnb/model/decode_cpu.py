@@ -1,20 +1,17 @@
 """The decoding loop on a CPU, where sampling is the slow part of everything. Called by `sampling`.
 
-It works with any causal LM of transformers and samples in the precision of the weights. What saves
-time, as tests/benchmarks/bench_sampling.py measures it: equal prompts are read once, prompts of like
-length go together and few are read at a time, rows that have ended leave the batch, query heads that
+What saves time, as tests/benchmarks/bench_sampling.py measures it: equal prompts are read once, prompts of
+like length go together and few are read at a time, rows that have ended leave the batch, query heads that
 share a key-value head share its cache, and LoRA is merged into a copy of the weights.
 """
 
 import copy
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -28,8 +25,6 @@ READ_AT_ONCE = 32  # prompts: more fall out of the processor's cache, and need m
 
 @dataclass(frozen=True)
 class Settings:
-    """What a decoder needs to know beside the model and the prompts."""
-
     max_new_tokens: int
     temperature: float  # 0 is greedy
     top_p: float
@@ -40,9 +35,7 @@ class Settings:
 
 
 def decode(view: Any, prompts: list[list[int]], s: Settings, done: Callable[[int], Any]) -> list[list[int]]:
-    """The ids of one completion for each prompt's. `view` is what `view()` returns; done(k) is told
-    whenever k more completions are there.
-    """
+    """The ids of one completion for each prompt's. view: from `view`. done(k): told of k more completions."""
     # All numbers are drawn at once, so that what a row gets does not depend on its batch.
     generator = torch.Generator().manual_seed(s.seed)
     chances = torch.rand(len(prompts), s.max_new_tokens, generator=generator)
@@ -56,11 +49,9 @@ def decode(view: Any, prompts: list[list[int]], s: Settings, done: Callable[[int
     return completions
 
 
-def _decode_batch(
-    view: Any, prompts: list[list[int]], chances: Tensor, s: Settings, done: Callable[[int], Any]
-) -> list[list[int]]:
+def _decode_batch(view: Any, prompts: list, chances: Tensor, s: Settings, done: Callable[[int], Any]) -> list:
     """chances: (rows, max_new_tokens), uniform in [0, 1)."""
-    forward, cache, logits, mask = _read(view, prompts, s.pad)
+    cache, logits, mask = _read(view, prompts, s.pad)
     tokens, ends = torch.full(chances.shape, s.pad), torch.tensor(s.ends)
     rows, at_work = torch.arange(len(prompts)), torch.ones(len(prompts), dtype=torch.bool)
     for t in range(s.max_new_tokens):
@@ -68,8 +59,7 @@ def _decode_batch(
         tokens[rows, t] = token
         ended = at_work & torch.isin(token, ends)
         at_work &= ~ended
-        if ended.any():
-            done(int(ended.sum()))
+        done(int(ended.sum()))
         if t == s.max_new_tokens - 1 or not at_work.any():
             break
         if at_work.sum() <= COMPACT * len(rows):
@@ -77,25 +67,24 @@ def _decode_batch(
             rows, token, mask = rows[at_work], token[at_work], mask[at_work]
             at_work = at_work[at_work]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        logits = forward(token[:, None], mask)
+        logits = _forward(view, token[:, None], mask, cache)
     done(int(at_work.sum()))
     return [up_to_end(row, s.ends) for row in tokens.tolist()]
 
 
-def _read(view: Any, prompts: list[list[int]], pad: int) -> tuple[Callable, Cache, Tensor, Tensor]:
-    """Run the prompts through the model, equal ones once and a few at a time.
+def _forward(view: Any, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+    """New ids, the mask of all ids so far and the cache -> (rows, vocabulary) logits of the next token."""
+    position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return view(
+        input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]  # fmt: skip
 
-    Returns forward(new ids, mask of all ids so far) -> (rows, vocabulary) logits of the next token,
-    the cache that it fills, and for each row of `prompts` the logits and the mask.
+
+def _read(view: Any, prompts: list[list[int]], pad: int) -> tuple[Cache, Tensor, Tensor]:
+    """Run the prompts through the model, equal ones once and a few at a time. Returns the cache, and for
+    each of `prompts` the logits of the next token and the mask.
     """
-
-    def forward(ids, mask, cache):
-        position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        return view(
-            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
-            use_cache=True, logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
-
     distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     ids, mask = left_pad(list(distinct), pad)
     # A cache with a sliding window has a shape of its own, which `_join` does not know.
@@ -105,23 +94,20 @@ def _read(view: Any, prompts: list[list[int]], pad: int) -> tuple[Callable, Cach
     for ids_here, mask_here in zip(ids.split(size), mask.split(size), strict=True):
         longest = int(mask_here.sum(1).max())
         caches.append(DynamicCache(config=view.config))
-        logits.append(forward(ids_here[:, -longest:], mask_here[:, -longest:], caches[-1]))
+        logits.append(_forward(view, ids_here[:, -longest:], mask_here[:, -longest:], caches[-1]))
     cache = _join(caches, ids.shape[1]) if len(caches) > 1 else caches[0]
     where = torch.tensor([distinct[tuple(prompt)] for prompt in prompts])
     cache.batch_select_indices(where)
-    return functools.partial(forward, cache=cache), cache, torch.cat(logits)[where], mask[where]
+    return cache, torch.cat(logits)[where], mask[where]
 
 
 def _join(caches: list[Cache], width: int) -> Cache:
     """One cache for the rows of all, padded on the left to `width` positions."""
-
-    def joined(tensors):  # (rows, heads, positions, size) each
-        padded = (torch.nn.functional.pad(t, (0, 0, width - t.shape[2], 0)) for t in tensors)
-        return torch.cat(list(padded))
-
     for layers in zip(*(cache.layers for cache in caches), strict=True):
-        layers[0].keys = joined(layer.keys for layer in layers)
-        layers[0].values = joined(layer.values for layer in layers)
+        for name in ("keys", "values"):  # (rows, heads, positions, size)
+            tensors = [getattr(layer, name) for layer in layers]
+            padded = [torch.nn.functional.pad(t, (0, 0, width - t.shape[2], 0)) for t in tensors]
+            setattr(layers[0], name, torch.cat(padded))
     return caches[0]
 
 
@@ -136,9 +122,8 @@ def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor
 def pick(logits: Tensor, chances: Tensor, s: Settings) -> Tensor:
     """(rows, vocabulary) logits and (rows,) numbers, uniform in [0, 1) -> (rows,) token ids.
 
-    Inverts the cumulative distribution; torch.multinomial draws a number for each entry of the
-    vocabulary. top_p keeps the smallest set of tokens that reaches it (arXiv 1904.09751, 3.1).
-    Raises FloatingPointError if the logits are not finite.
+    Inverts the cumulative distribution. top_p keeps the smallest set of tokens that reaches it
+    (arXiv 1904.09751, 3.1). Raises FloatingPointError if the logits are not finite.
     """
     logits = logits.float()
     top, best = logits.max(-1)
@@ -162,18 +147,15 @@ def up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 
 def view(model: Any) -> Any:
-    """A copy of a model's modules that shares its weights, in eval mode and with LoRA merged.
-
-    Whatever happens to it, the model stays as it is, bit for bit: PEFT's own merge takes the
-    adapter out by subtraction, which rounds. Merged is float32 only: 16 bits lose small updates.
+    """A copy of a model's modules that shares its weights, in eval mode and with LoRA merged: the model stays
+    as it is, bit for bit. Merged is float32 only: 16 bits lose small updates.
     """
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     copied = copy.deepcopy(model, shared).eval()
     vars(copied).pop("forward", None)  # accelerate puts the trainer's autocast there
     for layer in lora_layers(copied).values():
         base = layer.get_base_layer()
-        on = isinstance(layer, Linear) and not (layer.merged or layer.disable_adapters)
-        if not on or base.weight.dtype != torch.float32:
+        if layer.merged or layer.disable_adapters or base.weight.dtype != torch.float32:
             continue
         for name, parameter in list(base.named_parameters(recurse=False)):
             setattr(base, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))

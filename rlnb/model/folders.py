@@ -13,11 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from safetensors import safe_open
-
-from rlnb.model.lora import linear_layers
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -26,69 +22,52 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 def resolve(name: str | os.PathLike[str]) -> str:
     """Where a model is: a folder of data/ by name, any folder by path, or "owner/name" on the hub.
 
-    Returns the folder's full path, or the hub id as it is. Raises FileNotFoundError, which says
-    what there is, for a folder that is missing or holds no model in safetensors.
+    Returns the full path, or the hub id. Raises FileNotFoundError without a model in safetensors.
     """
     path = Path(name).expanduser()
     for folder in (DATA / path, path.absolute()):
         if folder.is_dir():
             return str(_check_holds(folder, "a model", "config.json", "*.safetensors"))
-    owner, _, rest = str(name).partition("/")
-    if rest and "/" not in rest and owner not in (".", "..", "~", "") and not Path(owner).exists():
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)) and not path.parent.exists():
         return str(name)
     known = ", ".join(sorted(file.parent.name for file in DATA.glob("*/config.json"))) or "none"
-    raise FileNotFoundError(
-        f"there is no model {str(name)!r}: {path.absolute()} is no folder, and data/ has {known}. A model "
-        "of the hub is named owner/name"
-    )
+    where = f"{path.absolute()} is no folder, and data/ has {known}"
+    raise FileNotFoundError(f"there is no model {str(name)!r}: {where}. A model of the hub is named owner/name")
 
 
 def base_name(model: str) -> str:
-    """ "abacus-3m" for data/abacus-3m, any other folder's name, a hub id as it is."""
-    path = Path(model)
-    if path.is_relative_to(DATA):
-        return path.relative_to(DATA).as_posix()
-    return path.name if path.is_absolute() else model
+    """The folder's name of a model in a folder, as "abacus-3m"; a hub id as it is."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def save_adapter(model: Any, folder: str | os.PathLike[str], name: str = "default") -> Path:
     """Save an adapter in PEFT's format, whole or not at all, and return the folder's full path.
 
-    adapter_config.json names the base without its path, so that another machine can use it: give
-    PEFT the base yourself. An adapter that is in the folder already is replaced at the very end.
-    Raises TypeError without an adapter, FileExistsError if the folder holds anything else.
+    adapter_config.json names the base without its path, for other machines: give PEFT the base yourself.
+    Raises ValueError without that adapter, FileExistsError if the folder holds anything but an adapter.
     """
     folder = Path(folder).expanduser().absolute()
-    if not hasattr(model, "peft_config"):
-        raise TypeError("the model has no adapter to save; a full one has model.save_pretrained")
     check_name(model, name)
     new = replacement(folder, "an adapter", [*FILES, "README.md"])
     try:
         # The class's own method: Unsloth puts another on the instance. TRL's "ref" stays out.
         PeftModel.save_pretrained(model, str(new), selected_adapters=[name], save_embedding_layers=False)
         written = new if name == "default" else new / name  # PEFT's own habit
-        _normalise(written)
+        (written / "README.md").unlink(missing_ok=True)  # an empty form
+        config = json.loads((file := written / FILES[0]).read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = base_name(config["base_model_name_or_path"])
+        if isinstance(config["target_modules"], list):
+            config["target_modules"].sort()
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         swap(written, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return folder
 
 
-def _normalise(folder: Path) -> None:
-    """PEFT's config without a path and in a fixed order; PEFT's README is an empty form and goes."""
-    (folder / "README.md").unlink(missing_ok=True)
-    file = folder / FILES[0]
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base_name(config["base_model_name_or_path"])
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def read_saved(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """The full path of a saved adapter's folder, and its adapter_config.json.
-
-    Raises FileNotFoundError if a file is missing, ValueError for another kind of adapter.
+def read_saved(path: str | os.PathLike[str], base: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """The full path of a saved adapter's folder, and its adapter_config.json. Warns if that names another
+    base than this one, which it is to go on. Raises FileNotFoundError, or ValueError for another kind.
     """
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
@@ -97,43 +76,29 @@ def read_saved(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     config = json.loads(file.read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type is {config.get('peft_type')!r}, it must be 'LORA'")
-    return folder, config
-
-
-def check_fits(folder: Path, config: dict[str, Any], base: str, model: torch.nn.Module | None) -> None:
-    """Warn if a saved adapter names another base than the one it goes on, `base`. Raise ValueError unless
-    its weights fit that model, or its skeleton. Only the file's header is read.
-    """
     trained_on = base_name(config.get("base_model_name_or_path") or "")
-    if trained_on and Path(trained_on).name != Path(base).name:
+    if base and trained_on and Path(trained_on).name != Path(base).name:
         warnings.warn(f"{folder} was trained on {trained_on}, not on {base}", stacklevel=4)
-    linear, file = linear_layers(model) if model is not None else {}, folder / FILES[1]
-    with safe_open(file, "pt") as weights:
-        for key in weights.keys() if linear else ():
-            found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-            if not found:
-                continue
-            name, is_b = found[1], found[2] == "B"
-            if name not in linear:
-                raise ValueError(f"{file} is for another base: this one has no layer {name}")
-            width = weights.get_slice(key).get_shape()[0 if is_b else 1]
-            if width != linear[name][is_b]:
-                here = f"{width} wide there and {linear[name][is_b]} here"
-                raise ValueError(f"{file} is for another base: {name} is {here}")
+    return folder, config
 
 
 def load_weights(model: Any, folder: Path, name: str, trainable: bool) -> None:
     """Read a saved adapter into the model, under a name that may be there already.
 
-    Raises ValueError, and takes a new name away again, if the file lacks a weight.
+    Raises ValueError, and takes a new name away again, if the file's weights are not the model's.
     """
     new = name not in model.peft_config
-    result = model.load_adapter(str(folder), name, is_trainable=trainable)
-    # PEFT lists every key that holds the name, so that "sft" finds fault with "sft2".
-    if missing := [key for key in result.missing_keys if name in key.split(".")[-2:]]:
+    try:
+        result = model.load_adapter(str(folder), name, is_trainable=trainable)
+        # PEFT lists every key that holds the name, so that "sft" finds fault with "sft2".
+        missing = [key for key in result.missing_keys if name in key.split(".")[-2:]]
+        for where, keys in (("the file", missing), ("this base", result.unexpected_keys)):
+            if keys:
+                raise RuntimeError(f"{where} has no {keys[0]}")
+    except RuntimeError as error:  # or PEFT's, which lists the sizes
         if new:
             model.delete_adapter(name)
-        raise ValueError(f"{folder / FILES[1]} has no {missing[0]}")
+        raise ValueError(f"{folder / FILES[1]} is for another base or not whole: {error}") from error
 
 
 def check_name(model: Any, name: str) -> None:
@@ -152,12 +117,11 @@ def _check_holds(folder: Path, what: str, *patterns: str) -> Path:
 
 
 def replacement(folder: Path, what: str, files: Iterable[str]) -> Path:
-    """A new name beside the folder, to write into and then to `swap`.
-
-    files: patterns. Raises FileExistsError if the folder holds any other file.
+    """A new name beside the folder, to write into and then to `swap`. Raises FileExistsError if the folder
+    holds anything but these files, which are patterns.
     """
-    there = {file.name for file in folder.glob("*")}
-    if others := sorted(name for name in there if not any(fnmatch(name, p) for p in files)):
+    others = [f.name for f in folder.glob("*") if not any(fnmatch(f.name, pattern) for pattern in files)]
+    if others:
         raise FileExistsError(f"{folder} holds more than {what} ({', '.join(others)}): name another one")
     return folder.with_name(f".{folder.name}.{os.getpid()}")
 
@@ -166,12 +130,11 @@ def swap(new: Path, folder: Path) -> None:
     """Put `new` in the folder's place. No call replaces a full folder, so that one steps aside."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.replace(old)
     try:
-        if folder.exists():
-            folder.replace(old)
         new.replace(folder)
-    except BaseException:
+    finally:
         if old.exists() and not folder.exists():
             old.replace(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

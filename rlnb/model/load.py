@@ -1,7 +1,7 @@
 """Load a model, with LoRA in one of its three modes: one code path on a CPU and on a GPU.
 
-`load_model` goes through Unsloth's ``FastLanguageModel`` on both. Without Unsloth, or on macOS (where Unsloth
-trains with MLX, not with torch), it does the same with plain transformers and PEFT, and says so once.
+`load_model` goes through Unsloth's ``FastLanguageModel`` on both. Without Unsloth, or on macOS, it does the same
+with plain transformers and PEFT, and says so once.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlnb.model import attention
 from rlnb.model.backends import backend, quiet, say_once
-from rlnb.model.folders import base_name, check_fits, load_weights, read_saved, resolve
+from rlnb.model.folders import base_name, load_weights, read_saved, resolve
 from rlnb.model.lora import (
     INITS, MAX_LORA_RANK, LoRA, Saved, check_init, check_positive_int, check_rank, skeleton,
     smallest_width, target_layers, vllm_rank,
@@ -26,6 +26,9 @@ from rlnb.profiles import PRACTICE
 
 MAX_LENGTH = 2048  # tokens, where the caller names none and the model takes that many
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
+# What Unsloth's get_peft_model fills in itself; it takes the other fields of LoraConfig one by one.
+FILLED_IN = {"task_type", "peft_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
+             "peft_version"}  # fmt: skip
 
 
 def load_model(
@@ -35,19 +38,16 @@ def load_model(
 ) -> tuple[Any, Any]:  # fmt: skip
     """Load a model and its tokenizer for TRL's trainers; print one line that says what it is.
 
-    name: see `resolve`.
-    lora: LoRA(...) attaches a new adapter; a path, or Saved(path, rank), attaches a saved one, which
-        goes on training at its own rank; None trains every parameter. rlnb/model/lora.py has the table.
+    name: see `resolve`. lora: see rlnb/model/lora.py; a path is a saved adapter, which goes on training.
     max_lora_rank: the largest rank that rollouts serve; the adapter's is checked against it.
     fast_inference: roll out with vLLM. On a CPU it says once that transformers does, and goes on.
     max_seq_length: in tokens; default: what the model takes, at most 2048.
-    dtype: of the weights; default: float32 on a CPU, on every host alike (bfloat16 weights are no
-        faster there than autocast, the trainer's bf16=True), bfloat16 or float16 on a GPU.
+    dtype: of the weights; default: float32 on a CPU, bfloat16 or float16 on a GPU.
     seed: of the start of a new adapter.
-    reference: whether a method will take the model with its adapter off as the base, as everything
-        in this workbook does but SFT; it decides which inits are refused (`lora.check_init`).
-
-    Raises ValueError, FileNotFoundError or ImportError before any weight is loaded.
+    reference: whether a method will take the model with its adapter off as the base, as everything in this
+        workbook does but SFT: `lora.check_init` then refuses some inits.
+    Raises ValueError, FileNotFoundError or ImportError before any weight is loaded, but for a saved adapter
+    whose weights do not fit.
     """
     # 1. check
     base, kind, adapter, folder, rank = resolve(name), backend(), None, None, None
@@ -55,7 +55,7 @@ def load_model(
     config = AutoConfig.from_pretrained(base)
     if lora is not None:
         adapter, folder = _adapter(lora, base, config, max_lora_rank, reference)
-        rank = _rank(adapter)
+        rank = adapter.r
     options = _options(kind, config, rank, max_lora_rank, fast_inference, max_seq_length, dtype, seed)
     # 2. load
     with quiet(bars=not Path(base).is_dir()):
@@ -67,7 +67,6 @@ def load_model(
     # 3. set up and say what it is
     disable_input_casts(model)
     attention.use(model)
-    _check_trainable(model, adapter is not None)
     _set_padding(model, tokenizer)
     _report(model, base, kind, lora, rank)
     return model, tokenizer
@@ -79,39 +78,29 @@ def trainable(model: torch.nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-def _adapter(
-    lora: Any, base: str, model_config: Any, max_lora_rank: int, reference: bool
-) -> tuple[LoraConfig, Path | None]:
+def _adapter(lora: Any, base: str, config: Any, most: int, reference: bool) -> tuple[LoraConfig, Path | None]:
     """PEFT's config of the adapter, checked against the model's, and the folder of a saved one."""
-    folder, model = None, skeleton(model_config)
     if isinstance(lora, LoRA):
         check_init(lora.init, reference)
-        adapter = LoraConfig(
+        folder, adapter = None, LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets,
             init_lora_weights=INITS[lora.init], use_rslora=lora.use_rslora,
         )  # fmt: skip
     elif isinstance(lora, Saved):
-        folder, saved = read_saved(lora.path)
+        folder, saved = read_saved(lora.path, base)
         where = f"{folder / 'adapter_config.json'}: init_lora_weights"
         check_init(saved.get("init_lora_weights"), reference, where)
         adapter = LoraConfig.from_pretrained(str(folder))
-        check_fits(folder, saved, base, model)
         adapter.base_model_name_or_path, adapter.inference_mode = None, False
     else:
         raise ValueError(f"lora is {lora!r}: it must be LoRA(...), an adapter's folder or None")
-    check_rank(_rank(adapter), max_lora_rank)
-    if model is not None:
-        layers = target_layers(model, adapter.target_modules)
-        if not folder:
-            check_rank(lora.rank, max_lora_rank, smallest_width(layers))
-            adapter.target_modules = {name.split(".")[-1] for name in layers}
+    check_rank(adapter.r, most)
+    layers = target_layers(skeleton(config), adapter.target_modules)
+    if not folder:
+        check_rank(lora.rank, most, smallest_width(layers))
+        adapter.target_modules = {name.split(".")[-1] for name in layers}
     adapter.task_type = "CAUSAL_LM"
     return adapter, folder
-
-
-def _rank(adapter: LoraConfig) -> int:
-    """The largest rank that an adapter has anywhere."""
-    return max([adapter.r, *(adapter.rank_pattern or {}).values()])
 
 
 def _options(
@@ -129,15 +118,12 @@ def _options(
         if max_lora_rank != wanted:
             say_once(f"max_lora_rank {wanted} becomes {max_lora_rank}, the next that vLLM has.")
     return {
-        "max_seq_length": max_seq_length,
-        "dtype": _dtype(dtype, kind),
-        "full_finetuning": rank is None,
-        "fast_inference": fast_inference and _vllm_works(kind),
-        "max_lora_rank": max_lora_rank,
+        "max_seq_length": max_seq_length, "dtype": _dtype(dtype, kind), "full_finetuning": rank is None,
+        "fast_inference": fast_inference and _vllm_works(kind), "max_lora_rank": max_lora_rank,
         "random_state": seed,
         # On a CPU it is time that is short, not memory.
         "use_gradient_checkpointing": "unsloth" if kind == "unsloth-gpu" else False,
-    }
+    }  # fmt: skip
 
 
 def _vllm_works(kind: str) -> bool:
@@ -147,21 +133,17 @@ def _vllm_works(kind: str) -> bool:
         return False
     for package in ("unsloth", "vllm"):
         if importlib.util.find_spec(package) is None:
-            raise ImportError(
-                f"fast_inference=True needs {package}, which is not installed: run python -m rlnb "
-                "setup --kind gpu, or pass fast_inference=False to roll out with transformers"
-            )
+            says = "run python -m rlnb setup --kind gpu, or pass fast_inference=False"
+            raise ImportError(f"fast_inference=True needs {package}, which is not installed: {says}")
     return True
 
 
 def _dtype(dtype: str | torch.dtype | None, kind: str) -> torch.dtype:
     on_gpu = kind != "unsloth-cpu" and torch.cuda.is_available()
-    if dtype is None and not on_gpu:
-        return torch.float32
-    if dtype is None:  # a T4 has no bfloat16
+    if dtype is None and on_gpu:  # a T4 has no bfloat16
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     allowed = [torch.float32, torch.bfloat16] + [torch.float16] * on_gpu
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
     if found not in allowed:
         raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(map(str, allowed))}")
     return found
@@ -186,10 +168,7 @@ def _attach(model: Any, adapter: LoraConfig, kind: str, options: dict[str, Any])
         return get_peft_model(model, adapter)
     from unsloth import FastLanguageModel
 
-    # Unsloth takes the fields one by one and fills in these itself.
-    own = {"task_type", "peft_type", "base_model_name_or_path", "revision", "inference_mode",
-           "auto_mapping", "peft_version"}  # fmt: skip
-    arguments = {f.name: getattr(adapter, f.name) for f in fields(adapter) if f.name not in own}
+    arguments = {f.name: getattr(adapter, f.name) for f in fields(adapter) if f.name not in FILLED_IN}
     if isinstance(adapter.target_modules, set):
         arguments["target_modules"] = sorted(adapter.target_modules)
     arguments |= {key: options[key] for key in ("random_state", "use_gradient_checkpointing")}
@@ -197,10 +176,8 @@ def _attach(model: Any, adapter: LoraConfig, kind: str, options: dict[str, Any])
 
 
 def disable_input_casts(model: Any) -> None:
-    """Keep PEFT from turning the inputs of float32 adapters on a float32 base to float32.
-
-    They are float32 already, or bfloat16 under autocast, which would turn them back at once. No number
-    changes; a training step takes some 4 % less time.
+    """Keep PEFT from turning the inputs of float32 adapters on a float32 base to float32, which they are, or
+    bfloat16 under autocast, which turns them back. No number changes; a step takes some 4 % less time.
     """
     if all(p.dtype == torch.float32 for p in model.parameters()):
         for module in model.modules():
@@ -208,25 +185,12 @@ def disable_input_casts(model: Any) -> None:
                 module.cast_input_dtype_enabled = False
 
 
-def _check_trainable(model: Any, with_adapter: bool) -> None:
-    """What trains is checked, not assumed: the adapter and nothing else, or everything."""
-    trains = {name: p.requires_grad for name, p in model.named_parameters()}
-    if with_adapter:
-        wrong = [n for n, on in trains.items() if on and "lora_" not in n and "to_save" not in n]
-    else:
-        wrong = [n for n, on in trains.items() if not on]
-    if wrong or not any(trains.values()):
-        what = "only the adapter" if with_adapter else "every parameter"
-        raise RuntimeError(f"{what} should train; at odds: {wrong[:3] or 'nothing trains'}")
-
-
 def _set_padding(model: Any, tokenizer: Any) -> None:
     """Pad on the left, and not with the end token: lengths are counted up to the first padding."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token not in (None, tokenizer.eos_token):
         return
-    vocabulary = tokenizer.get_vocab()
-    spare = [t for t in PAD_TOKENS if t in vocabulary and t != tokenizer.eos_token]
+    spare = [t for t in PAD_TOKENS if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
     if not spare:
         warnings.warn(f"no token to pad with but the end, {tokenizer.eos_token}", stacklevel=3)
         return
@@ -235,11 +199,12 @@ def _set_padding(model: Any, tokenizer: Any) -> None:
 
 
 def _report(model: Any, base: str, kind: str, lora: LoRA | Saved | None, rank: int | None) -> None:
-    count, total = trainable(model)
+    """Print what the model is. RuntimeError unless the adapter trains and nothing else, or everything."""
+    if any(p.requires_grad != (lora is None or "lora_" in name) for name, p in model.named_parameters()):
+        raise RuntimeError(f"what should train does not, or the other way round, after loading by {kind}")
     mode = "full fine-tuning, which has no rank" if lora is None else f"LoRA rank {rank}"
-    if isinstance(lora, Saved):
-        mode += f" from {Path(lora.path).name}"
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    mode += f" from {Path(lora.path).name}" if isinstance(lora, Saved) else ""
+    (count, total), dtype = trainable(model), str(next(model.parameters()).dtype).removeprefix("torch.")
     print(f"{base_name(base)}: {total:,} parameters, {count:,} train ({mode}), {kind}, {dtype}")
     if isinstance(lora, Saved) and lora.rank not in (None, rank):
         print(f"Rank {lora.rank} was asked for: the saved adapter keeps its own, {rank}.")

@@ -22,9 +22,7 @@ Prompt = str | list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Completions:
-    """What was sampled, as [prompt][sample]. ids hold neither the prompt nor padding, and end in the end
-    token where the model ended. texts leave special tokens out, as in what TRL gives to reward functions.
-    """
+    """What was sampled, as [prompt][sample]: ids without prompt and padding, texts without special tokens."""
 
     texts: list[list[str]]
     ids: list[list[list[int]]]
@@ -39,8 +37,7 @@ def sample(
 
     prompts: chat messages, which get the chat template and its generation prompt, or plain strings.
     temperature: 0 is greedy: all n are the same. top_p: the share of probability to sample from.
-    seed: fixes the samples; on a CPU whatever the batch size, up to rounding.
-    batch_size: how many completions at a time.
+    seed: fixes the samples; on a CPU whatever batch_size (completions at a time), up to rounding.
     progress: a label for a bar, which comes at once; None: a bar after two seconds; False: none.
 
     Raises ValueError for a setting out of range, a prompt without tokens or too long for the model,
@@ -49,9 +46,7 @@ def sample(
     if n < 1:
         raise ValueError(f"n is {n}: sample at least one completion per prompt")
     settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p, seed, batch_size)
-    prompt_ids = tokenize(tokenizer, prompts)
-    _check_lengths(model, prompt_ids, max_new_tokens)
-    draws = 1 if temperature == 0 else n
+    prompt_ids, draws = tokenize(tokenizer, prompts), 1 if temperature == 0 else n
     flat = _run(model, [ids for ids in prompt_ids for _ in range(draws)], settings, progress)
     texts = tokenizer.batch_decode(flat, skip_special_tokens=True) if flat else []
     by_prompt = [slice(i, i + draws) for i in range(0, len(flat), draws)]
@@ -61,18 +56,21 @@ def sample(
 def rollout(prompts: list[Prompt], trainer: Any) -> dict[str, list]:
     """Sample a completion for each prompt: GRPOTrainer(..., rollout_func=sampling.rollout).
 
-    TRL 1.15 hands over each prompt num_generations times. Settings are the trainer's. The seed is
-    drawn from torch's global generator, which the trainer seeds from args.seed, differently on each
-    process, and restores on resuming. logprobs are vLLM's where the trainer uses vLLM, else None as
-    with TRL's own generate: it computes them itself where it needs them. RLOOTrainer has no such hook.
-
-    Raises ValueError if the trainer asks for anything that this does not do.
+    Settings are the trainer's. The seed is drawn from torch's global generator, which the trainer seeds from
+    args.seed, differently on each process, and restores on resuming. logprobs are vLLM's, or None as with
+    TRL's own generate. Raises ValueError if the trainer asks for anything that this does not do.
     """
-    _check_trainer(trainer)
+    for owner, name, values in (
+        (trainer, "top_k", (0, -1, None)), (trainer, "min_p", (None, 0.0)),
+        (trainer, "repetition_penalty", (1.0, None)), (trainer, "tools", (None, [])),
+        (trainer, "environments", (None, [])), (trainer.args, "generation_kwargs", (None, {})),
+    ):  # fmt: skip
+        if (value := getattr(owner, name, None)) not in values:
+            takes = f"takes {name}={values[0]} only, and the trainer has {value!r}"
+            raise ValueError(f"sampling.rollout {takes}: change that or leave rollout_func out")
     model, tokenizer, limit = trainer.model, trainer.processing_class, trainer.max_completion_length
     template = {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
     prompt_ids = tokenize(tokenizer, prompts, **template)
-    _check_lengths(model, prompt_ids, limit)
     if trainer.use_vllm:
         group = trainer.num_generations if model.training else trainer.num_generations_eval
         _, completion_ids, logprobs, _ = trainer.vllm_generation.generate(prompt_ids, None, group)
@@ -92,17 +90,15 @@ def tokenize(tokenizer: Any, prompts: Sequence[Prompt], **template: Any) -> list
     kinds = {type(prompt) for prompt in prompts}
     if isinstance(prompts, str) or kinds not in (set(), {str}, {list}):
         names = "one string" if isinstance(prompts, str) else {kind.__name__ for kind in kinds}
-        hint = ": put the one conversation into a list" if kinds == {dict} else ""
-        raise TypeError(f"prompts must be a list of strings or a list of conversations, not {names}{hint}")
+        raise TypeError(f"prompts must be a list of strings or a list of conversations, not {names}")
     if kinds == {list}:
         prompt_ids = tokenizer.apply_chat_template(
             list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **template
         )["input_ids"]
     else:
         prompt_ids = tokenizer(text=list(prompts))["input_ids"] if kinds else []
-    for i, ids in enumerate(prompt_ids):
-        if not ids:
-            raise ValueError(f"prompt {i} has no tokens: {prompts[i]!r}")
+    if [] in prompt_ids:
+        raise ValueError(f"prompt {prompt_ids.index([])} has no tokens")
     return prompt_ids
 
 
@@ -111,7 +107,7 @@ def inference(model: Any) -> Iterator[torch.nn.Module]:
     """The model, ready to run without gradients: on a CPU a copy that shares the weights, so that nothing
     of the model is touched; elsewhere the model itself, switched to inference and back.
     """
-    if _on_cpu(model):
+    if model.device.type == "cpu":
         with torch.inference_mode():
             yield view(model)
     else:
@@ -153,42 +149,20 @@ def _settings(
     return Settings(max_new_tokens, temperature, top_p, seed, batch_size, tuple(ends), pad)
 
 
-def _check_lengths(model: Any, prompt_ids: list[list[int]], max_new_tokens: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for i, ids in enumerate(prompt_ids):
-        if limit and len(ids) + max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {i} has {len(ids)} tokens and max_new_tokens is {max_new_tokens}, but the model "
-                f"has {limit} positions: shorten the prompt or set max_new_tokens lower"
-            )
-
-
-def _check_trainer(trainer: Any) -> None:
-    """What TRL's own generation does beyond temperature and top_p is refused, not ignored."""
-    for owner, name, values in (
-        (trainer, "top_k", (0, -1, None)), (trainer, "min_p", (None, 0.0)),
-        (trainer, "repetition_penalty", (1.0, None)), (trainer, "tools", (None, [])),
-        (trainer, "environments", (None, [])), (trainer.args, "generation_kwargs", (None, {})),
-    ):  # fmt: skip
-        if (value := getattr(owner, name, None)) not in values:
-            raise ValueError(
-                f"sampling.rollout takes {name}={values[0]} only, and the trainer has {value!r}: "
-                "change that or leave rollout_func out"
-            )
-
-
-def _on_cpu(model: Any) -> bool:
-    return all(parameter.device.type == "cpu" for parameter in model.parameters())
-
-
 def _run(model: Any, rows: list, settings: Settings, progress: str | bool | None) -> list[list[int]]:
     """One completion for each row of prompt ids, by the engine that the model has."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and (longest := max(map(len, rows), default=0)) + settings.max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt has {longest} tokens and max_new_tokens is {settings.max_new_tokens}, but the model has "
+            f"{limit} positions: shorten the prompt or set max_new_tokens lower"
+        )
     look = {"desc": progress, "delay": 0} if isinstance(progress, str) else {"delay": 2}  # seconds
     with tqdm(total=len(rows), disable=progress is False, leave=False, **look) as bar:
         if getattr(model, "vllm_engine", None) is not None:
             return _with_vllm(model, rows, settings, bar.update)
         with inference(model) as module:
-            engine = decode if _on_cpu(model) else _generate
+            engine = decode if model.device.type == "cpu" else _generate
             return engine(module, rows, settings, bar.update)
 
 
@@ -215,13 +189,10 @@ def _generate(model: Any, prompts: list, s: Settings, done: Callable[[int], Any]
 
 
 def _with_vllm(model: Any, prompts: list, s: Settings, done: Callable[[int], Any]) -> list[list[int]]:
-    """The engine that Unsloth attaches with fast_inference=True. It holds the base's weights: the
-    adapter goes along with each request.
-    """
+    """Unsloth's engine for fast_inference=True holds the base's weights: the adapter goes along."""
     from vllm import SamplingParams
 
-    how = {"temperature": s.temperature, "top_p": s.top_p, "max_tokens": s.max_new_tokens,
-           "stop_token_ids": list(s.ends)}  # fmt: skip
+    how = dict(temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_new_tokens, stop_token_ids=list(s.ends))
     generator = torch.Generator().manual_seed(s.seed)
     seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
     adapter = None

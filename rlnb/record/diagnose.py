@@ -6,13 +6,11 @@ Each rule yields the name of a symptom and what it saw; SYMPTOMS has what that m
 thresholds were held against runs that were broken on purpose and healthy ones.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -24,37 +22,26 @@ Saw = Iterator[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was seen; level is ok, advice or problem. What to do, and what it means (of runs)."""
+    """A symptom: its name, the figures, the level (advice or problem), what it means, what to do."""
 
     name: str
     saw: str
-    level: str = "ok"
-    do: str = ""
-    means: str = ""
+    level: str
+    means: str
+    do: str
 
     def __str__(self) -> str:
         level = self.level.upper() if self.level == "problem" else self.level
-        if self.means:
-            return f"{level:8}{self.name}: {self.saw}\n{'':8}{self.means}\n{'':8}{self.do}"
-        return f"{level:8}{self.name:9} {self.saw}" + (f". {self.do}" if self.do else "")
+        return f"{level:8}{self.name}: {self.saw}\n{'':8}{self.means}\n{'':8}{self.do}"
 
 
 class Report(list[Finding]):
-    """Findings, shown one below the other, or `nothing` if there are none."""
+    """Findings, shown one below the other."""
 
-    def __init__(self, findings: Iterable[Finding] = (), nothing: str = ""):
-        super().__init__(findings)
-        self.nothing = nothing
+    logs = 0
 
     def __repr__(self) -> str:
-        return "\n".join(map(str, self)) or self.nothing
-
-    __str__ = __repr__
-
-    @property
-    def works(self) -> bool:
-        """Whether none of the findings is a problem."""
-        return all(finding.level != "problem" for finding in self)
+        return "\n".join(map(str, self)) or f"nothing wrong in {self.logs} logs"
 
 
 class Curve:
@@ -73,9 +60,7 @@ class Curve:
         return [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
 
     def ends(self, name: str) -> tuple[float, float]:
-        """Means of the first eighth and of the last quarter; NaN, which no comparison holds for, if
-        there are too few logs.
-        """
+        """Means of the first eighth and the last quarter; with few logs NaN, for which no comparison holds."""
         values = self[name]
         if len(values) < MIN_LOGS:
             return math.nan, math.nan
@@ -96,79 +81,65 @@ class Curve:
 def run(run: runs.Run | Iterable[Mapping[str, Any]]) -> Report:
     """What is wrong with a run: for each symptom the numbers, their meaning, a way out.
 
-    run: a run, or rows as in `trainer.state.log_history`. A run that is still going is judged by what it
-    has logged so far; it takes six logs to see a trend.
+    run: a run, or rows as in `trainer.state.log_history`. One that is still going is judged by its logs so far; it
+    takes six to see a trend.
     """
     known = run if isinstance(run, runs.Run) else None
     curve = Curve(run if known is None else run.curve())
     saw = dict(_outcome(curve, known)) if known else {}
-    saw |= dict(_numbers(curve)) | dict(_policy(curve)) | dict(_rewards(curve)) | dict(_losses(curve, known))
-    found = [Finding(name, saw[name], level, do, means)
-             for name, (level, means, do) in SYMPTOMS.items() if name in saw]  # fmt: skip
-    return Report(found, f"nothing wrong in {sum('loss' in row for row in curve.rows)} logs")
+    saw |= dict(_policy(curve)) | dict(_rewards(curve)) | dict(_losses(curve, known))
+    report = Report(Finding(name, saw[name], *SYMPTOMS[name]) for name in SYMPTOMS if name in saw)
+    report.logs = sum("loss" in row for row in curve.rows)
+    return report
 
 
 def _outcome(curve: Curve, run: runs.Run) -> Saw:
-    """How it ended, what it saved, and its held-out accuracy against the start's, which is in the result,
-    or else in the parent's.
-    """
+    """How it ended, and its held-out accuracy against the start's, of its own result or the parent's."""
     if run.status in ("lost", "failed", "interrupted"):
-        saved = "an" if run.adapter.is_dir() else "no"
         steps = f"{max(curve['step'], default=0):.0f} of {run.get('max_steps') or '?'} steps logged"
-        error = f"; {run.error}" if run.error else ""
-        yield "ended early", f"{run.status}, {steps}, {saved} adapter saved{error}"
-    if _b_is_zero(run.adapter / "adapter_model.safetensors"):
+        saved = f"{'an' if run.adapter.is_dir() else 'no'} adapter saved"
+        yield "ended early", f"{run.status}, {steps}, {saved}" + (f"; {run.error}" if run.error else "")
+    if _b_is_zero(run):
         yield "nothing moved", "every lora_B of the saved adapter is 0"
-    before = run.result.get("start")
-    if before is None and run.parent:
+    start = run.result.get("start")
+    if start is None and run.parent:
         with suppress(OSError, ValueError):
-            before = runs.load(run.parent).result
-    for name in ("strict", "correct"):
-        results = [(of or {}).get(name) for of in (before, run.result)]
-        if not all(map(runs.is_proportion, results)):
-            continue
-        (k0, n0), (k1, n1) = ((result["k"], result["n"]) for result in results)
-        pooled = (k0 + k1) / (n0 + n1)
-        if k0 / n0 - k1 / n1 > 2 * math.sqrt(pooled * (1 - pooled) * (1 / n0 + 1 / n1)):
-            first, last = curve.ends("reward")  # two standard errors of the difference
-            paid = f", while the reward rose from {first:.2f} to {last:.2f}" if last > first else ""
-            yield "worse than before", f"held out, {name}: {k0 / n0:.0%} -> {k1 / n1:.0%} of {n1}{paid}"
-            return
+            start = runs.load(run.parent).result
+    before, after = (start or {}).get("strict"), run.result.get("strict")
+    if not (runs.is_proportion(before) and runs.is_proportion(after)):
+        return
+    (k0, n0), (k1, n1) = ((share["k"], share["n"]) for share in (before, after))
+    pooled = (k0 + k1) / (n0 + n1)
+    if k0 / n0 - k1 / n1 > 2 * math.sqrt(pooled * (1 - pooled) * (1 / n0 + 1 / n1)):  # two standard errors
+        first, last = curve.ends("reward")
+        paid = f", while the reward rose from {first:.2f} to {last:.2f}" if last > first else ""
+        yield "worse than before", f"held out, strict: {k0 / n0:.0%} -> {k1 / n1:.0%} of {n1}{paid}"
 
 
-def _b_is_zero(file: Path) -> bool:
-    """Whether every lora_B of a safetensors file is 0, by its bytes: of any type, without torch.
+def _b_is_zero(run: runs.Run) -> bool:
+    """Whether every lora_B of the saved adapter is 0; False without one that can be read."""
+    from safetensors import safe_open  # here, as it brings numpy
 
-    False for a file that is missing or broken.
-    """
-    data = file.read_bytes() if file.is_file() else bytes(8)
-    start = 8 + int.from_bytes(data[:8], "little")
-    try:
-        header = json.loads(data[8:start] or "{}")
-    except ValueError:
-        return False
-    spans = [header[name]["data_offsets"] for name in header if ".lora_B." in name]
-    return bool(spans) and not any(any(data[start + a : start + b]) for a, b in spans)
+    with suppress(Exception), safe_open(run.adapter / "adapter_model.safetensors", "np") as weights:
+        names = [name for name in weights.keys() if ".lora_B." in name]
+        return bool(names) and not any(weights.get_tensor(name).any() for name in names)
+    return False
 
 
-def _numbers(curve: Curve) -> Saw:
-    """Of any log: numbers that are none, and gradients of 0."""
+def _policy(curve: Curve) -> Saw:
+    """Numbers that are none and gradients of 0, of any run; of those that sample groups, length, KL, entropy."""
     for row in curve.rows:
         watched = {name: row.get(name) for name in ("loss", "grad_norm", "reward", "kl", "nll_loss")}
         if bad := [name for name, v in watched.items() if isinstance(v, float) and not math.isfinite(v)]:
             yield "not a number", f"{', '.join(bad)} at step {row.get('step', '?')}"
             break
-    logs, silent = len(curve["grad_norm"]), min(curve["frac_reward_zero_std"], default=0.0)
-    if logs > 1 and curve.gradient < 1e-7 and silent < 1:
-        yield "nothing moved", f"grad_norm at most {curve.gradient:.0e} in {logs} logs"
-
-
-def _policy(curve: Curve) -> Saw:
-    """Of runs that sample: groups, completions, KL and entropy."""
     (start, reward), (before, entropy) = curve.ends("reward"), curve.ends("entropy")
     silent, spread = curve.ends("frac_reward_zero_std")[1], curve.ends("reward_std")[1]
     cut, length = curve.ends("completions/clipped_ratio")[1], curve.ends("completions/mean_length")[1]
     first_kl, kl = curve.ends("kl")
+    logs, least = len(curve["grad_norm"]), min(curve["frac_reward_zero_std"], default=0.0)
+    if logs > 1 and curve.gradient < 1e-7 and least < 1:
+        yield "nothing moved", f"grad_norm at most {curve.gradient:.0e} in {logs} logs"
     solved = reward > start and reward >= 0.95 * max(curve["reward"])  # then silence is no fault
     if not solved and (silent >= 0.9 or spread < 1e-6):  # healthy runs end with 0.2 to 0.75
         what = "reward_std 0" if math.isnan(silent) else f"{silent:.0%} of the groups without variance"
@@ -209,44 +180,35 @@ def _losses(curve: Curve, run: runs.Run | None) -> Saw:
     loss, (first, last) = curve["loss"], curve.ends("loss")
     if loss and loss[0] > 0 and not (curve.samples or curve.kto):
         if last >= 1.5 * loss[0]:  # the untrained model does better
-            best = f"{min(loss):.2g} at best"
-            yield "loss jumped", f"{loss[0]:.2g} at first, {best}, {last:.2g} now{curve.rate}"
+            yield "loss jumped", f"{loss[0]:.2g} at first, {min(loss):.2g} at best, {last:.2g} now{curve.rate}"
         if abs(last - first) <= 0.002 * first and curve.gradient >= 1e-7:  # eight healthy steps of DPO: 0.005
             yield "hardly moved", f"loss {first:.4g} -> {last:.4g} in {len(loss)} logs{curve.rate}"
-    good, bad = len(curve["rewards/chosen"]), len(curve["rewards/rejected"])  # KTO logs the sides of a batch
-    if curve.kto and len(loss) > 1 and not (good and bad):
-        yield "one class", f"of {len(loss)} logs, {good} have desirable rows and {bad} undesirable ones"
     now, margin = curve.ends("logps/chosen")[1], curve.ends("rewards/margins")[1]
     if margin > 0 and now < 0:
-        # How much less likely the chosen side is than under the reference, in parts of its own -log p. DPO
-        # and KTO log rewards/chosen = beta (log p - log p_ref), which gives log p_ref of the very same rows.
-        # Without beta, and for ORPO, the first log is the reference. Up to 1.5 times DPO lowers both sides.
+        # DPO and KTO log rewards/chosen = beta (log p - log p_ref), which gives log p_ref of the same rows; up to
+        # 1.5 times that DPO lowers both sides. Without beta, and for ORPO, the first log is the reference.
         before, times = curve["logps/chosen"][0], 3.0
         if run is not None and run.get("beta") and not curve["nll_loss"]:
             before, times = now - curve.ends("rewards/chosen")[1] / run.get("beta"), 1.5
         if now < times * before < 0:
-            saw = f"log p of the chosen {before:.1f} -> {now:.1f}, margin {margin:.2f}{curve.rate}"
-            yield "chosen falls", saw
+            yield "chosen falls", f"log p of the chosen {before:.1f} -> {now:.1f}, margin {margin:.2f}{curve.rate}"
 
 
 COOLER = "Divide the learning rate by three; a longer warm-up helps too."
 SYMPTOMS = {  # name: level, what it means, what to do
     "ended early": ("advice", "It is no finished run. Lost means that its kernel ended, or memory did.",
-        "Do not compare it with finished ones. Use checkpoints if it is long."),
+        "Do not compare it with finished ones."),
     "not a number": ("problem", "From there on steps are skipped, or the weights are no numbers any more.",
         f"Look for rows without a token of completion (max_length), and for fp16 that overflows. {COOLER}"),
-    "nothing moved": ("problem", "The model is what it was before.",
-        "See that the adapter trains (trainable), that rewards or sides differ, that max_length leaves "
-        "completions, and that the learning rate is above 0."),
-    "worse than before": ("problem",
-        "It has unlearnt more than it has learnt, or it is paid for something else.",
+    "nothing moved": ("problem", "The model is what it was before.", "See that the adapter trains (trainable), that "
+        "rewards or sides differ, that max_length leaves completions, and that the learning rate is above 0."),
+    "worse than before": ("problem", "It has unlearnt more than it has learnt, or it is paid for something else.",
         f"Read completions. {COOLER} Or fewer steps, a higher beta, pairs that the model itself wrote."),
     "silent groups": ("problem", "All completions of a prompt get the same reward: every advantage is 0.",
-        "Let the reward tell more cases apart, take prompts that are solved now and then, more completions of "
-        "each (num_generations), or a higher temperature."),
+        "Let the reward tell more cases apart, take prompts that are solved now and then, more completions of each "
+        "(num_generations), or a higher temperature."),
     "cut at the limit": ("problem", "Rewards judge half an answer, and the model does not learn to end one.",
-        "Raise max_completion_length. Or teach it to end: demonstrations with the end token, padding with "
-        "another one, a reward for ending."),
+        "Raise max_completion_length, or teach it to end: demonstrations with the end token, a reward for ending."),
     "kl runs away": ("problem", "The policy has left its reference, and with it what the base knew.",
         f"A higher beta (kl_coef), fewer steps. {COOLER}"),
     "entropy collapsed": ("advice", "Nearly all samples of a prompt are the same text: nothing new is tried.",
@@ -260,9 +222,7 @@ SYMPTOMS = {  # name: level, what it means, what to do
         f"{COOLER} A higher beta keeps a policy near its reference."),
     "hardly moved": ("advice", "There are gradients, but the steps are too small or too few.",
         "Raise the learning rate by three to ten: LoRA takes ten times that of a whole model."),
-    "chosen falls": ("problem", "The margin grows because the rejected side falls faster. A little of that is "
-        "normal for DPO; here it unlearns what you prefer.",
+    "chosen falls": ("problem", "The margin grows because the rejected side falls faster. A little of that is normal "
+        "for DPO; here it unlearns what you prefer.",
         f"{COOLER} Or a higher beta, fewer steps, pairs that the model itself wrote."),
-    "one class": ("advice", "Desirable rows alone make KTO an imitation; undesirable ones alone unlearn "
-        "everything.", "Collect labels of both kinds."),
 }  # fmt: skip

@@ -1,5 +1,5 @@
-"""Where a training shows itself while it runs: a screen, which rlnb/train/fit.py feeds with the logged rows,
-{"step": 3, "seconds": 4.1 since the training began, "loss": ...}.
+"""Where a training shows itself: a screen, which rlnb.train.loop feeds with the logged rows, {"step": 3,
+"seconds": 4.1 since the training began, "loss": ...}.
 """
 
 import os
@@ -63,14 +63,11 @@ def current_screen() -> Screen:
 
 
 def metrics(keys: Iterable[str]) -> list[str]:
-    """Which of the logged names to show, at most four: reward with KL or its spread; or loss with
-    accuracy, and the log-probabilities of chosen and rejected where a method has them.
-    """
+    """Which of the logged names to show, at most four: of methods that sample the reward and the KL."""
     keys = set(keys)
     if "reward" in keys:
         return [name for name in ("reward", "kl", "reward_std") if name in keys][:2]
-    accuracies = ("rewards/accuracies", "accuracy", "mean_token_accuracy")
-    accuracy = [name for name in accuracies if name in keys][:1]
+    accuracy = [name for name in ("rewards/accuracies", "accuracy", "mean_token_accuracy") if name in keys][:1]
     return [name for name in ("loss", *accuracy, "logps/chosen", "logps/rejected") if name in keys]
 
 

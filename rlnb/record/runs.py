@@ -1,8 +1,7 @@
 """The registry of runs: one folder per run, under $RLNB_RUNS or `runs/` of the repository.
 
     runs/20261120-125239-grpo/
-        run.json       what was asked for, on what machine, how it ended, what it cost, the result;
-                       replaced whole, so that a reader sees the old one or the new one
+        run.json       what was asked for, on what machine, how it ended, what it cost, the result; replaced whole
         curve.jsonl    one line per log: step, seconds since the start, and the numbers logged
         adapter/       the LoRA adapter, if the run saved one
 """
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1  # of run.json; a reader skips what it does not know
 COLUMNS = ("id", "method", "model", "status", "seed", "labels", "seconds", "train_seconds", "peak_memory_mb")
-SETTINGS = ("seed", "model", "profile", "parent", "labels")  # beside the config
 
 
 @dataclass(eq=False, repr=False)
@@ -64,8 +62,7 @@ class Run:
     _began = None  # time.perf_counter() at the start; only `start` knows it
 
     def __repr__(self) -> str:
-        cost = "" if self.seconds is None else f", {self.seconds:.1f} s"
-        return f"<Run {self.id}: {self.status}{cost}>"
+        return f"<Run {self.id}: {self.status}" + (f", {self.seconds:.1f} s>" if self.seconds else ">")
 
     @property
     def adapter(self) -> Path:
@@ -88,11 +85,11 @@ class Run:
 
     def log(self, step: int | None = None, **values: float) -> None:
         """Appends one line of numbers to the curve, at once. TypeError for a value that is none."""
+        if bad := [f"{name}={value!r}" for name, value in values.items() if number(value) is None]:
+            raise TypeError(f"log: {', '.join(bad)} is no number; results go to finish().")
         row = {} if step is None else {"step": step}
         if self._began is not None:
             row["seconds"] = round(time.perf_counter() - self._began, 3)
-        if bad := [f"{name}={value!r}" for name, value in values.items() if number(value) is None]:
-            raise TypeError(f"log: {', '.join(bad)} is no number; results go to finish().")
         with (self.folder / "curve.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(jsonable(row | values), allow_nan=False) + "\n")
 
@@ -130,10 +127,9 @@ class Run:
 
 def root() -> Path:
     """$RLNB_RUNS, or `runs` in the repository, or in the working folder if rlnb is installed."""
-    if given := os.environ.get("RLNB_RUNS"):
-        return Path(given).expanduser().absolute()
     repository = Path(__file__).resolve().parents[2]
-    return (repository if (repository / "pyproject.toml").is_file() else Path.cwd()) / "runs"
+    default = (repository if (repository / "pyproject.toml").is_file() else Path.cwd()) / "runs"
+    return Path(os.environ.get("RLNB_RUNS") or default).expanduser().absolute()
 
 
 @contextmanager
@@ -144,19 +140,22 @@ def start(
     """Registers a run, times it, and records how it ended: done, failed, or interrupted (Ctrl-C, SystemExit).
 
     The block may set `run.on_interrupt` to a function that saves what an interrupted training has learnt.
-    config: a mapping or a dataclass; TypeError for another. ValueError for a method that makes no folder
-    name. Of several processes of one training (torchrun, accelerate) the first alone is in the registry.
+    config: a mapping or a dataclass. ValueError for a method that makes no folder name. Of several processes of
+    one training (torchrun, accelerate) the first alone is in the registry.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", method):
         raise ValueError(f"method is {method!r}: use letters, digits, '-' and '_' only.")
-    settings = jsonable({} if config is None else config)
-    if not isinstance(settings, dict):
-        raise TypeError(f"config is {config!r:.80}: give a mapping or a dataclass.")
-    run = _create(
-        method, model=None if model is None else str(model), config=settings, seed=seed, labels=labels,
-        parent=parent.id if isinstance(parent, Run) else parent,
-        notebook=this_notebook(), profile=profiles.profile(),
+    now = datetime.now(UTC)
+    folder = _new_folder(f"{now:%Y%m%d-%H%M%S}-{method}")
+    run = Run(
+        folder.name, folder, method, now.isoformat(), model=None if model is None else str(model),
+        parent=parent.id if isinstance(parent, Run) else parent, notebook=this_notebook(),
+        profile=profiles.profile(), seed=seed, labels=labels, config=jsonable({} if config is None else config),
+        versions=machine.versions(), machine=machine.describe(), process=machine.process(),
     )  # fmt: skip
+    machine.reset_peak_memory()
+    run._began = time.perf_counter()
+    run._save()
     try:
         yield run
     except BaseException as error:
@@ -179,31 +178,17 @@ def this_notebook() -> str | None:
     path = Path(os.environ.get("JPY_SESSION_NAME", ""))  # a path, or an id where nobody knows it
     if path.suffix != ".ipynb":
         return None
-    parts = path.with_suffix("").parts
-    return "/".join(parts[-2:] if parts[-2:-1] == ("solutions",) else parts[-1:])
+    return f"solutions/{path.stem}" if path.parent.name == "solutions" else path.stem
 
 
-def _create(method: str, **settings: Any) -> Run:
-    """A new run whose folder appears under its name with run.json in it: readers never see half."""
-    now = datetime.now(UTC)
-    name = f"{now:%Y%m%d-%H%M%S}-{method}"
+def _new_folder(name: str) -> Path:
+    """A folder for this run alone. Without a run.json it is no run yet."""
     place = root() / ".others" if int(os.environ.get("RANK", "0")) else root()
-    folder = place / f".{name}.{os.urandom(4).hex()}"
-    folder.mkdir(parents=True)
-    run = Run(name, folder, method, now.isoformat(), **settings)
-    run.versions, run.machine, run.process = machine.versions(), machine.describe(), machine.process()
-    machine.reset_peak_memory()
-    run._began = time.perf_counter()
-    for again in itertools.count(2):
-        run._save()
-        try:
-            run.folder = folder.rename(place / run.id)
-            break
-        except OSError:  # another run has that name
-            if not (place / run.id).exists():
-                raise
-            run.id = f"{name}-{again}"
-    return run
+    for again in itertools.count(1):
+        folder = place / (name if again == 1 else f"{name}-{again}")
+        with suppress(FileExistsError):  # another run of this second
+            folder.mkdir(parents=True)
+            return folder
 
 
 def _read(folder: Path) -> Run:
@@ -215,9 +200,8 @@ def _read(folder: Path) -> Run:
             raise ValueError(f"it is not of schema {SCHEMA}")
         known = {f.name: data[f.name] for f in fields(Run) if f.name in data}
         run = Run(**{**known, "id": folder.name, "folder": folder})
-        for f in fields(Run):
-            if not isinstance(value := getattr(run, f.name), f.type):
-                raise ValueError(f"{f.name} is {value!r:.80}")
+        if bad := [f.name for f in fields(Run) if not isinstance(getattr(run, f.name), f.type)]:
+            raise ValueError(f"{bad[0]} is {getattr(run, bad[0])!r:.80}")
         if run.status == "running" and not machine.alive(run.process):
             run.status = "lost"
     except Exception as error:  # whatever somebody's JSON can do
@@ -226,8 +210,8 @@ def _read(folder: Path) -> Run:
 
 
 def find(**filters: Any) -> list[Run]:
-    """The runs with these values (see `Run.get`), newest first; without filters all. Those with a broken
-    run.json are skipped, with one warning for all; a folder without one is no run.
+    """The runs with these values (see `Run.get`), newest first; without filters all. One warning names those with
+    a broken run.json, which are skipped.
     """
     found, broken, wanted = [], [], jsonable(filters)
     for path in root().glob("[!.]*/run.json"):
@@ -257,37 +241,33 @@ def load(id: str) -> Run:
 
 def delete(run: Run) -> None:
     """Deletes a run with all its files. Raises ValueError for one that still runs."""
-    if (run.folder / "run.json").is_file() and _read(run.folder).status == "running":
+    if load(run.id).status == "running":
         raise ValueError(f"run {run.id} is still running: stop it first")
     gone = run.folder.rename(run.folder.with_name(f".{run.id}.gone"))  # readers never see half
     shutil.rmtree(gone)
 
 
 def differences(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
-    """By id of the run, the settings that are not the same in all of them, of its config and of SETTINGS. One
-    that a run does not have is None.
-    """
-    settings = {run.id: run.config | {key: getattr(run, key) for key in SETTINGS} for run in runs}
+    """By id of the run, the settings that are not the same in all of them; None for one that a run lacks."""
+    own = ("seed", "model", "profile", "parent", "labels")
+    settings = {run.id: run.config | {key: getattr(run, key) for key in own} for run in runs}
     keys = dict.fromkeys(key for of in settings.values() for key in of)
-    first = next(iter(settings.values()), {})
-    differ = [key for key in keys if any(of.get(key) != first.get(key) for of in settings.values())]
+    differ = [key for key in keys if len({repr(of.get(key)) for of in settings.values()}) > 1]
     return {id: {key: of.get(key) for key in differ} for id, of in settings.items()}
 
 
 def table(runs: Iterable[Run] | None = None, columns: Iterable[str] | None = None) -> "DataFrame":
-    """The runs (default: all), a row each. columns: names for `Run.get`; by default what a run is and cost,
-    and each result of one figure. Those without any value are left out. Proportions read "53.0 % of 500".
+    """The runs (default: all), a row each. columns: names for `Run.get`; by default what a run is and cost, and
+    each result of one figure. Those without any value are left out. Proportions read "53.0 % of 500".
     """
     import pandas as pd  # here, so that looking at runs stays light
 
     runs = find() if runs is None else list(runs)
-    if columns is None:
-        results = [f"result.{key}" for run in runs for key, value in run.result.items()
-                   if is_proportion(value) or not isinstance(value, dict | list)]  # fmt: skip
-        columns = (*COLUMNS, *dict.fromkeys(results))
-    cells = {name: [_cell(run.get(name)) for run in runs] for name in columns}
-    filled = {name: values for name, values in cells.items() if any(v is not None for v in values)}
-    return pd.DataFrame(filled, dtype=object).convert_dtypes()
+    results = {f"result.{key}": None for run in runs for key, value in run.result.items()
+               if is_proportion(value) or not isinstance(value, dict | list)}  # fmt: skip
+    names = columns or (*COLUMNS, *results)
+    cells = {name: [_in_words(run.get(name)) for run in runs] for name in names}
+    return pd.DataFrame(cells, dtype=object).dropna(axis=1, how="all").convert_dtypes()
 
 
 def is_proportion(value: Any) -> bool:
@@ -296,5 +276,5 @@ def is_proportion(value: Any) -> bool:
     return plain and set(value) == {"k", "n"} and value["n"] > 0
 
 
-def _cell(value: Any) -> Any:
+def _in_words(value: Any) -> Any:
     return f"{100 * value['k'] / value['n']:.1f} % of {value['n']}" if is_proportion(value) else value

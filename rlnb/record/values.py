@@ -1,6 +1,4 @@
-"""Values as JSON, which has no NaN and no infinity: those become "NaN", "Infinity" and "-Infinity", which
-`float` takes.
-"""
+"""Values as JSON, which has no NaN and no infinity: those become "NaN", "Infinity", "-Infinity", as `float` takes."""
 
 import json
 import math
@@ -13,27 +11,25 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-_SECRET = re.compile(r"(^|hub_|hf_|api_|access_|auth_)token$|api_key$|password$|secret$")
+SECRET = re.compile(r"(^|hub_|hf_|api_|access_|auth_)token$|api_key$|password$|secret$")
 
 
 def jsonable(value: Any) -> Any:
-    """A value as JSON can hold it: dataclasses and mappings as dicts, without what looks like a credential,
-    sets as sorted lists, enums as their values, functions and classes as names, the rest (paths) as text.
+    """A value as JSON can hold it: dataclasses and mappings as dicts, their credentials hidden, sets sorted, enums
+    as their values, functions and classes as names, the rest (paths) as text.
     """
     if is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in fields(value)}
     if isinstance(value, Mapping):
-        hidden = {key for key, of in value.items() if of and _SECRET.search(str(key))}
-        return {str(key): "<hidden>" if key in hidden else jsonable(of) for key, of in value.items()}
+        return {str(k): "<hidden>" if v and SECRET.search(str(k)) else jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [jsonable(of) for of in (value if isinstance(value, list | tuple) else sorted(value, key=str))]
+        return [jsonable(v) for v in (value if isinstance(value, list | tuple) else sorted(value, key=str))]
     if isinstance(value, Enum):
         return jsonable(value.value)
-    plain = number(value)
-    if isinstance(plain, float) and not math.isfinite(plain):
-        return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(plain, "NaN")
-    if value is None or isinstance(value, str) or plain is not None:
-        return value if plain is None else plain
+    if (plain := number(value)) is not None:
+        return plain if math.isfinite(plain) else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(plain, "NaN")
+    if value is None or isinstance(value, str):
+        return value
     return getattr(value, "__name__", None) or str(value)[:200]
 
 
@@ -46,9 +42,7 @@ def number(value: Any) -> float | int | None:
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The lines of a .jsonl as dicts of numbers, [] if there is no such file. Lines that are none, as a crash
-    leaves them, are left out with a warning.
-    """
+    """The lines of a .jsonl as dicts of numbers, [] without the file; a crash's broken lines are skipped."""
     rows, broken = [], []
     for place, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
         try:

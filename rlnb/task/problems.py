@@ -4,7 +4,7 @@ A problem is a short story with numbers. Its solution is one equation a step and
 
     <reasoning>12 + 30 = 42; 42 - 5 = 37</reasoning><answer>37</answer>
 
-The stories themselves (twelve kinds of one to three steps, four deeper ones) are data: ``problems.toml``.
+The stories (twelve kinds of one to three steps, four deeper ones) are data: ``problems.toml``.
 """
 
 import json
@@ -81,9 +81,8 @@ def work(plan: Iterable[str], numbers: dict[str, int]) -> tuple[str, ...] | None
 
 
 def careless(problem: Problem) -> tuple[str, ...]:
-    """The trace of somebody in a hurry, in the way that is usual for this kind of problem.
-
-    A forgotten carry (the last result is off by ten) where the wrong plan does not work out or is right.
+    """The trace of somebody in a hurry: a plan that is usual for this kind of problem and wrong, or a
+    forgotten carry (the last result is off by ten).
     """
     habit = KINDS[problem.kind]["careless"]
     trace = None if habit == "slip" else work(habit, problem.numbers)
@@ -94,8 +93,7 @@ def careless(problem: Problem) -> tuple[str, ...]:
 
 
 def _tell(template: str, words: dict[str, object], rng: random.Random) -> str:
-    text = re.sub(r"\[([^]]*)\]", lambda m: rng.choice(m[1].split("|")), template)
-    return text.format_map(words)
+    return re.sub(r"\[([^]]*)\]", lambda m: rng.choice(m[1].split("|")), template).format_map(words)
 
 
 def _words(new: bool, rng: random.Random) -> dict[str, object]:
@@ -138,9 +136,9 @@ def generate(
     """
     if split not in SIZES:
         raise ValueError(f"split is {split!r}; the splits are {', '.join(SIZES)}.")
-    default = DEEP_KINDS if split == "deeper" else ID_KINDS
-    default = tuple(k for k in default if "rule" in KINDS[k]) if split == "rule" else default
-    kinds = tuple(kinds or (DEMONSTRATED if split == "demonstrations" else default))
+    usual = {"deeper": DEEP_KINDS, "demonstrations": DEMONSTRATED,
+             "rule": [k for k in ID_KINDS if "rule" in KINDS[k]]}.get(split, ID_KINDS)  # fmt: skip
+    kinds = tuple(kinds or usual)
     if unknown := set(kinds) - set(KINDS):
         raise ValueError(f"no kind of problem {sorted(unknown)}; there are {', '.join(KINDS)}.")
     rng, seen, found = random.Random(f"{split}-{seed}"), set(exclude), []
@@ -166,28 +164,13 @@ def write_data(folder: Path = DATA) -> None:
         files.write(folder / f"{split}.jsonl", text)
 
 
-def load(split: str, path: Path | None = None) -> list[Problem]:
-    """The problems of a split from data/problems, or from a JSONL file of the same fields.
-
-    Raises FileNotFoundError, and ValueError with the file and the line for a row that is no problem.
-    """
-    path = Path(path) if path else DATA / f"{split}.jsonl"
+def load(split: str) -> list[Problem]:
+    """The problems of a split from data/problems. Raises FileNotFoundError for a split that is not there."""
+    path = DATA / f"{split}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"no split {split!r} at {path}; there are {', '.join(SIZES)}.")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        try:
-            if line.strip():
-                rows.append(_problem(json.loads(line)))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path.name}, line {number}: {error} in {line[:80]!r}") from error
-    return rows
-
-
-def _problem(row: dict) -> Problem:
-    if type(row["answer"]) is not int or not isinstance(row["trace"], list):
-        raise TypeError("the answer must be a whole number, and the trace a list of equations")
-    return Problem(**{**row, "trace": tuple(row["trace"])})
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Problem(**row | {"trace": tuple(row["trace"])}) for row in rows]
 
 
 def render(trace: Iterable[str], answer: int) -> str:
@@ -201,10 +184,8 @@ def solution(problem: Problem) -> str:
 
 
 def prompt(problem: Problem, system: str | None = None) -> list[dict[str, str]]:
-    """The problem as chat messages, behind a system message if there is one.
-
-    system: None is SYSTEM, which tells a model the format; the practice model has none, as it was never
-    told anything. "" is no system message for any model.
+    """The problem as chat messages. system: None is SYSTEM, but for the practice model, which was never told
+    anything; "" is no system message for any model.
     """
     if system is None and profiles.model_name() != profiles.PRACTICE:
         system = SYSTEM
@@ -213,12 +194,8 @@ def prompt(problem: Problem, system: str | None = None) -> list[dict[str, str]]:
 
 
 # ASCII digits only, bounded repetition, no nested quantifiers: linear time on any text.
-_NUMBER = re.compile(
-    r"(?<![0-9.,])-?(?:[0-9]{1,3}(?:,[0-9]{3}){1,3}|[0-9]{1,12})(?:\.0{1,6})?(?![0-9]|[.,][0-9])"
-)
-_EQUATION = re.compile(
-    r"(?<![0-9.,])([0-9]{1,9}) ?([-+*/]) ?([0-9]{1,9}) ?= ?([0-9]{1,9})(?![0-9]|[.,][0-9])"
-)
+_NUMBER = re.compile(r"(?<![0-9.,])-?(?:[0-9]{1,3}(?:,[0-9]{3}){1,3}|[0-9]{1,12})(?:\.0{1,6})?(?![0-9]|[.,][0-9])")
+_EQUATION = re.compile(r"(?<![0-9.,])([0-9]{1,9}) ?([-+*/]) ?([0-9]{1,9}) ?= ?([0-9]{1,9})(?![0-9]|[.,][0-9])")
 _STRICT = re.compile(
     r"\s*<reasoning>(.*)</reasoning>\s*<answer>\s*(-?(?:0|[1-9][0-9]{0,11}))\s*</answer>\s*", re.DOTALL
 )
@@ -235,30 +212,18 @@ class Grade:
     strict: bool
 
 
-def _strict_parts(text: str) -> tuple[str, int] | None:
-    """(reasoning, answer) if the text is in the strict format to the letter, else None."""
-    if any(text.count(tag) != 1 for tag in TAGS):
-        return None
-    match = _STRICT.fullmatch(text)
-    return (match[1], int(match[2])) if match and match[1].strip() else None
-
-
 def parse_answer(text: str) -> int | None:
     """The answer in whatever style: what the answer tags hold, else the last number of the text.
 
     "1,000" and "7.0" count as 1000 and 7 here (never in the strict format). Two different tagged
     answers are no answer: hedging must not pay.
     """
-    pieces = [piece.partition("</answer>")[0] for piece in text.split("<answer>")[1:]]
-    found = {_last_number(piece, only=True) for piece in pieces} if pieces else {_last_number(text)}
-    return found.pop() if len(found) == 1 else None
-
-
-def _last_number(text: str, only: bool = False) -> int | None:
-    matches = _NUMBER.findall(text)
-    if not matches or (only and len(matches) > 1):
+    tagged = [_NUMBER.findall(piece.partition("</answer>")[0]) for piece in text.split("<answer>")[1:]]
+    found = tagged or [_NUMBER.findall(text)[-1:]]
+    if any(len(numbers) != 1 for numbers in found):
         return None
-    return int(matches[-1].partition(".")[0].replace(",", ""))
+    values = {int(number.partition(".")[0].replace(",", "")) for (number,) in found}
+    return values.pop() if len(values) == 1 else None
 
 
 def check_trace(reasoning: str, question: str, answer: int | None) -> bool:
@@ -287,8 +252,9 @@ def grade(completion: str, question: str, answer: int) -> Grade:
 
 @lru_cache(maxsize=8192)  # several reward functions look at the same completion
 def _grade(completion: str, question: str, answer: int) -> Grade:
-    parts = _strict_parts(completion)
-    given = parts[1] if parts else parse_answer(completion)
-    trace = check_trace(parts[0] if parts else completion, question, given)
+    match = _STRICT.fullmatch(completion) if all(completion.count(tag) == 1 for tag in TAGS) else None
+    strict = bool(match and match[1].strip())
+    given = int(match[2]) if strict else parse_answer(completion)
+    trace = check_trace(match[1] if strict else completion, question, given)
     correct = given is not None and given == answer
-    return Grade(parts is not None, given, correct, trace, parts is not None and correct and trace)
+    return Grade(strict, given, correct, trace, strict and correct and trace)

@@ -39,12 +39,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rlnb import files
-from rlnb.tools import experiments, setup as environments
-from rlnb import machine
+from rlnb import files, machine
 from rlnb.data import shapes
 from rlnb.model import LoRA, load_model, memory, reward_model
 from rlnb.task import problems
+from rlnb.tools import setup as bootstrap
+
+import pandas as pd
 
 ROOT = Path(__file__).parents[2]
 VENV, OUT = ROOT / ".venv-trl112", ROOT / "data" / "results" / "ppo_trl.csv"
@@ -161,18 +162,18 @@ def child(options: argparse.Namespace) -> None:
     make, module = MAKES[options.child]
     import_module(module)
     warm_up()
-    tokens = []
-
-    def work() -> None:
-        trainer, drawn = make(options, folder, Clock())
-        trainer.train()
-        tokens.append(drawn())
-
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        drawn = []
+
+        def work() -> None:
+            trainer, tokens = make(options, folder, Clock())
+            trainer.train()
+            drawn.append(tokens())
+
         found = memory.measure(work)
     print(json.dumps({
         "step_seconds": [b - a for a, b in pairwise(ends)],
-        "growth_mb": found.ram / memory.MB, "tokens": tokens[0],
+        "growth_mb": found.ram / memory.MB, "tokens": drawn[0],
         "threads": torch.get_num_threads(), **{name: version(name) for name in SAME[:4]},
     }))  # fmt: skip
 
@@ -183,7 +184,7 @@ def child(options: argparse.Namespace) -> None:
 def environment() -> Path:
     """The interpreter of TRL 1.12's environment, which is made if it is not there."""
     pins = [f"{name}=={version(name).partition('+')[0]}" for name in SAME] + ["trl==1.12.0"]
-    python, stamp = environments.interpreter(VENV), VENV / "pins.txt"
+    python, stamp = bootstrap.interpreter(VENV), VENV / "pins.txt"
     if not stamp.is_file() or stamp.read_text(encoding="utf-8").split() != pins:
         print(f"Making {VENV.name}; this takes minutes the first time.", flush=True)
         shutil.rmtree(VENV, ignore_errors=True)
@@ -272,7 +273,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     met = report(rows, steps)
     if not options.no_write:
-        files.write(OUT, experiments.text(rows))
+        files.write(OUT, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
     sys.exit(not met)
 
 

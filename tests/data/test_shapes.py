@@ -199,32 +199,18 @@ def test_what_was_written_is_read(shape, tmp_path):
     built = shapes.read(lines(tmp_path / "x.jsonl", rows), shape)
     assert built.to_list() == rows
     built.to_parquet(tmp_path / "x.parquet")
-    assert shapes.read(str(tmp_path / "x.parquet"), shape).to_list() == rows
+    cache = str(tmp_path / "cache")
+    assert shapes.read(str(tmp_path / "x.parquet"), shape, cache_dir=cache).to_list() == rows
     folder = tmp_path / "owner" / "name"  # as the hub holds one, read by the same function
     folder.mkdir(parents=True)
     lines(folder / "train.jsonl", rows)
-    assert shapes.read(folder, shape, cache_dir=str(tmp_path / "cache")).to_list() == rows
+    assert shapes.read(folder, shape, cache_dir=cache).to_list() == rows
 
 
 def test_columns_of_later_rows_are_kept_and_empty_lines_are_none(tmp_path):
     path = lines(tmp_path / "x.jsonl", [PAIR, PAIR | {"source": "me"}])
     path.write_text("\n" + path.read_text() + "\n \n")
     assert shapes.read(path, "preference")["source"][:] == [None, "me"]
-
-
-def test_an_implicit_prompt_becomes_trls_explicit_one(tmp_path):
-    from trl.data_utils import maybe_extract_prompt
-
-    talk = [SYSTEM, USER, ANSWER, USER]
-    rows = [
-        {"chosen": [*talk, ANSWER], "rejected": [*talk, ANSWER | {"content": "6"}]},
-        {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER | {"content": "7"}]},
-        # some data sets on the hub repeat the prompt as a string
-        {"prompt": "How many?", "chosen": [USER, ANSWER], "rejected": [USER, PAIR["rejected"][0]]},
-    ]
-    found = shapes.read(lines(tmp_path / "x.jsonl", rows), "preference").to_list()
-    assert found == [maybe_extract_prompt(row) for row in rows]
-    assert found[0]["prompt"] == talk and found[2] == PAIR
 
 
 def test_strings_become_messages_and_an_unclear_prompt_is_refused(tmp_path):
@@ -235,9 +221,6 @@ def test_strings_become_messages_and_an_unclear_prompt_is_refused(tmp_path):
     lines(path, [{"chosen": "Human: How many? 5", "rejected": "Human: How many? 6"}])
     with pytest.raises(ValueError, match="line 1: no column 'prompt'"):
         shapes.read(path, "preference")
-    lines(path, [{"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}])
-    with pytest.raises(ValueError, match="line 1: chosen and rejected are both '5'"):
-        shapes.read(path, "preference")
 
 
 @pytest.mark.parametrize(
@@ -246,7 +229,6 @@ def test_strings_become_messages_and_an_unclear_prompt_is_refused(tmp_path):
         (b'{"prompt": \n', "x.jsonl, line 1: Expecting value"),
         (b"{}\n\xff\xfe\n", "x.jsonl, line 1: no column 'prompt', there are none"),
         (b"\n\xff\n", "x.jsonl, line 2: 'utf-8' codec can't decode"),
-        (b"[" * 100_000, "x.jsonl, line 1: maximum recursion"),
         (b"3\n", "x.jsonl, line 1: 3 is not an object"),
         (b"", "x.jsonl: a data set of shape prompts needs a row, and there is none"),
     ],
@@ -257,22 +239,13 @@ def test_a_broken_file_is_named(content, says, tmp_path):
         shapes.read(tmp_path / "x.jsonl", "prompts")
 
 
-def test_columns_that_mix_types_are_named(tmp_path):
-    path = lines(tmp_path / "x.jsonl", [PAIR | {"extra": 1}, PAIR | {"extra": {"a": 1}}])
-    with pytest.raises(ValueError, match=r"^x.jsonl: the rows do not fit into columns"):
-        shapes.read(path, "preference")
-    (tmp_path / "x.parquet").write_bytes(b"PAR1 but no more")
-    with pytest.raises(ValueError, match=r"^x.parquet: "):
-        shapes.read(tmp_path / "x.parquet", "preference")
-
-
 def test_what_is_no_source(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file or folder .*nothing.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"nothing.jsonl is no .jsonl or .parquet file"):
         shapes.read(tmp_path / "nothing.jsonl", "prompts")
-    with pytest.raises(FileNotFoundError, match="a data set on the hub is 'owner/name'"):
+    with pytest.raises(FileNotFoundError, match="no 'owner/name' on the hub"):
         shapes.read("data/pairs.jsonl", "prompts")  # a file's name is no data set's
     (tmp_path / "x.csv").write_text("prompt\nHow many?\n")
-    with pytest.raises(ValueError, match=r"x.csv: a data set is a .jsonl or .parquet file"):
+    with pytest.raises(FileNotFoundError, match=r"x.csv is no .jsonl or .parquet file"):
         shapes.read(tmp_path / "x.csv", "prompts")
     with pytest.raises(ValueError, match="no shape 'pairs'; there are prompt-completion, prompts"):
         shapes.read(tmp_path / "x.csv", "pairs")

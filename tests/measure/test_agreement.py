@@ -11,15 +11,6 @@ from rlnb.measure import agreement
 from rlnb.measure.intervals import Proportion
 from tests.rows import RIGHT, row
 
-# Fleiss 1971, Psychol. Bull. 76, table 1: 30 patients, 6 psychiatrists, 5 diagnoses. Kappa 0.430.
-FLEISS = """
-    00060 03003 01401 00006 03030 20400 00402 20310 20040 00006 10050 11040 03300 10050 02031
-    00501 30012 51000 02040 10203 00006 01050 02013 20040 10041 05010 40002 02040 10500 00006
-"""
-COUNTS = [[int(digit) for digit in item] for item in FLEISS.split()]
-RATERS = list(zip(*([c for c in range(5) for _ in range(item[c])] for item in COUNTS), strict=True))
-
-
 def annotated(comparisons, *responses, id="a"):
     return preferences.judged(row(*responses, id=id), "me", comparisons)
 
@@ -32,7 +23,7 @@ def test_cohen_by_hand():
     first = ["yes"] * 25 + ["no"] * 25
     second = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
     found = agreement.cohen(first, second)
-    assert found.value == pytest.approx(0.4) and found.n == 50
+    assert found.value == pytest.approx(0.4)
     assert agreement.cohen(second, first).value == pytest.approx(0.4)
     # 3 labels: p = 6 / 9, e = (4 * 3 + 3 * 3 + 2 * 3) / 81 = 1 / 3.
     found = agreement.cohen("aaaabbbcc", "aaabbbccc")
@@ -55,33 +46,13 @@ def test_cohen_at_its_ends(first, second, value):
     assert math.isnan(value) == math.isnan(found.low) == math.isnan(found.high)
 
 
-def test_fleiss_on_his_own_table():
-    assert [sum(column) for column in zip(*COUNTS, strict=True)] == [
-        26,
-        26,
-        30,
-        55,
-        43,
-    ]  # as he says
-    found = agreement.fleiss(RATERS)
-    assert found.value == pytest.approx(0.430, abs=5e-4) and found.n == 30
-    assert agreement.fleiss(["ab"] * 6).value == 1
-    # Two annotators: each item agrees or not. P = 1/2; both labels have half: e = 1/2.
-    assert agreement.fleiss(["abab", "abba"]).value == pytest.approx(0)
-    assert math.isnan(agreement.fleiss(["aa"] * 3).value)
-
-
-def test_both_kappas_are_those_of_statsmodels():
-    from statsmodels.stats import inter_rater
+def test_kappa_is_that_of_statsmodels():
+    from statsmodels.stats.inter_rater import cohens_kappa
 
     rng = random.Random(5)
-    labels = [rng.choices("abc", (4, 2, 1), k=40) for _ in range(4)]
-    table, _ = inter_rater.aggregate_raters(list(zip(*labels, strict=True)))
-    assert agreement.fleiss(labels).value == pytest.approx(inter_rater.fleiss_kappa(table))
-    first, second = labels[:2]
+    first, second = (rng.choices("abc", (4, 2, 1), k=40) for _ in range(2))
     joint = [[sum(x == a and y == b for x, y in zip(first, second, strict=True)) for b in "abc"] for a in "abc"]
-    theirs = inter_rater.cohens_kappa(joint, return_results=False)
-    assert agreement.cohen(first, second).value == pytest.approx(theirs)
+    assert agreement.cohen(first, second).value == pytest.approx(cohens_kappa(joint, return_results=False))
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
@@ -103,18 +74,16 @@ def test_whole_groups_are_drawn():
     assert (copied.low, copied.high) == pytest.approx((alone.low, alone.high))  # no more is known
     assert agreement.cohen(first * 4, second * 4).low > copied.low
     assert math.isnan(agreement.cohen(first, second, groups=[0] * 40).low)
-    assert str(agreement.Kappa(0.4, 0.251, 0.549, 50)) == "0.40 [0.25, 0.55]"
+    assert str(agreement.Kappa(0.4, 0.251, 0.549)) == "0.40 [0.25, 0.55]"
 
 
 def test_labels_that_do_not_fit_together():
-    with pytest.raises(ValueError, match=r"\[2, 1\] labels"):
+    with pytest.raises(ValueError, match="2 and 1 labels"):
         agreement.cohen([1, 0], [1])
-    with pytest.raises(ValueError, match=r"\[0, 0\] labels"):
+    with pytest.raises(ValueError, match="0 and 0 labels"):
         agreement.cohen([], [])
-    with pytest.raises(ValueError, match=r"\[2, 2\] labels, 3 groups"):
+    with pytest.raises(ValueError, match="2 and 2 labels, 3 groups"):
         agreement.cohen([1, 0], [1, 0], groups=[1, 2, 3])
-    with pytest.raises(ValueError, match=r"\[2\] labels"):
-        agreement.fleiss([[1, 0]])
 
 
 # --- agreement -----------------------------------------------------------------------------------
@@ -124,16 +93,14 @@ def both(first, second):
     return agreement.agreement({"one": first, "other": second}).loc[0]
 
 
-def test_agreement_of_two_and_of_all():
+def test_agreement_of_each_two():
     rows = [row(RIGHT, f"{i} + 1 = 17", f"It is {i}", id=str(i)) for i in range(60)]
     gold, noisy, other = (
         preferences.annotate(rows, a) for a in (Verifier(), Noisy(0.2), Noisy(0.2, name="other"))
     )
     table = agreement.agreement({"gold": gold, "noisy": noisy, "other": other})
     assert list(table.columns) == ["annotators", "comparisons", "agree", "kappa"]
-    assert list(table["annotators"]) == [
-        "gold, noisy", "gold, other", "noisy, other", "gold, noisy, other",
-    ]  # fmt: skip
+    assert list(table["annotators"]) == ["gold, noisy", "gold, other", "noisy, other"]
     flips = sum(a != b for x, y in zip(gold, noisy, strict=True)
                 for a, b in zip(x["comparisons"], y["comparisons"], strict=True))  # fmt: skip
     first = table.loc[0]
@@ -143,7 +110,6 @@ def test_agreement_of_two_and_of_all():
     decided = agreement.agreement({"gold": gold, "noisy": noisy}, ties=False)
     assert decided["agree"][0] == Proportion(120 - flips, 120)
     for text in (table.to_string(), table._repr_html_()):
-        assert "gold, noisy, other" in text
         assert str(first["agree"]) in text and str(first["kappa"]) in text
 
 
@@ -168,7 +134,7 @@ def test_kappa_does_not_depend_on_which_text_comes_first():
         swapped = annotated([(0, 1, -1)], "y", "x", id=str(i))
         mixed.append(swapped if i % 2 else first[-1])
     line, other = both(first, second), both(mixed, second)
-    assert line["kappa"] == other["kappa"] and line["kappa"].n == 60
+    assert line["kappa"] == other["kappa"] and line["comparisons"] == 60
     assert line["kappa"].value == pytest.approx(2 * 55 / 60 - 1)  # as chance is a half
     assert line["kappa"].low < 2 * 55 / 60 - 1 < line["kappa"].high
     assert both(first, mixed)["kappa"].value == 1
@@ -247,9 +213,9 @@ def test_a_report_on_what_trainers_get():
 
 
 def test_a_report_on_something_else():
-    with pytest.raises(ValueError, match="columns prompt: comparisons, or chosen and rejected are"):
+    with pytest.raises(ValueError, match=r"columns {'prompt'}: comparisons, or chosen and rejected are"):
         agreement.measure([{"prompt": []}])
     with pytest.raises(ValueError, match="columns none"):
         agreement.measure([])
-    with pytest.raises(ValueError, match="none of the 1 rows has a comparison"):
+    with pytest.raises(ValueError, match="0 successes in 0 trials"):
         agreement.measure([annotated([], "x")])

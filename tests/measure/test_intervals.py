@@ -50,7 +50,7 @@ def test_the_paired_interval_covers_the_difference(gain, loss):
             rest = n - gained - lost
             chance = math.comb(n, gained) * math.comb(n - gained, lost)
             chance *= gain**gained * loss**lost * (1 - gain - loss) ** rest
-            found = intervals.paired(gained, lost, n)
+            found = intervals.Difference(gained, lost, n)
             covered += chance * (found.low <= gain - loss <= found.high)
     assert covered > 0.94
 

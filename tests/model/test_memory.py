@@ -163,7 +163,7 @@ def test_what_cannot_be_predicted(base, settings, says):
 def test_a_config_of_no_causal_lm():
     from transformers import ViTConfig
 
-    with pytest.raises(ValueError, match="ViTConfig is the config of no causal LM"):
+    with pytest.raises(ValueError, match="ViTConfig"):
         memory.predict(ViTConfig(), batch=1, length=1)
 
 

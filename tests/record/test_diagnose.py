@@ -157,15 +157,10 @@ def test_a_broken_adapter_file_does_not_stop_the_report():
 
 
 def test_the_report_reads_well():
-    report = diagnose.run([{"step": 3, "loss": float("nan")}])
-    first, means, do = str(report).splitlines()
-    assert first == "PROBLEM not a number: loss at step 3" and not report.works
+    first, means, do = str(diagnose.run([{"step": 3, "loss": float("nan")}])).splitlines()
+    assert first == "PROBLEM not a number: loss at step 3"
     assert means.startswith("        From there on") and "learning rate" in do
-    line = diagnose.Finding("cores", "2 threads on 1 core", "advice", "Set OMP_NUM_THREADS=1")
-    assert str(line) == "advice  cores     2 threads on 1 core. Set OMP_NUM_THREADS=1"
-    fine = diagnose.Report([diagnose.Finding("disk", "9 GB free"), line])
-    assert fine.works and str(fine).splitlines()[0] == "ok      disk      9 GB free"
-    assert str(diagnose.Report(nothing="nothing wrong")) == "nothing wrong"
+    assert str(diagnose.run([])) == "nothing wrong in 0 logs"
 
 
 def test_held_out_accuracy_is_compared_with_the_start_or_the_parent():

@@ -145,7 +145,7 @@ def names(log):
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "orpo", "reward"])
 def test_healthy_runs_that_read_are_silent(base, tmp_path, kind):
     report = diagnose.run(read(base, tmp_path, kind))
-    assert report == [] and str(report) == "nothing wrong in 24 logs" and report.works
+    assert report == [] and str(report) == "nothing wrong in 24 logs"
 
 
 def test_a_healthy_run_that_samples_is_silent(base, tmp_path):
@@ -178,22 +178,13 @@ def test_a_saved_adapter_that_never_moved(base):
 @pytest.mark.parametrize("kind", ["sft", "orpo"])
 def test_a_learning_rate_so_high_that_the_loss_jumps(base, tmp_path, kind):
     report = diagnose.run(read(base, tmp_path, kind, rate=1.0))
-    assert "loss jumped" in {f.name for f in report} and not report.works
+    assert "loss jumped" in {f.name for f in report}
     assert "learning rate up to 1e+00" in str(report)
 
 
 def test_a_learning_rate_so_low_that_nothing_is_learnt(base, tmp_path):
     report = diagnose.run(read(base, tmp_path, "dpo", rate=1e-8))
     assert [(f.name, f.level) for f in report] == [("hardly moved", "advice")]
-    assert report.works
-
-
-def test_kto_with_one_class(base, tmp_path):
-    both = preferences.unpair(pairs(), 0)
-    good = both.filter(lambda row: row["label"])
-    report = diagnose.run(read(base, tmp_path, "kto", good, steps=8))
-    assert [f.name for f in report] == ["one class"]
-    assert report[0].saw == "of 8 logs, 8 have desirable rows and 0 undesirable ones"
 
 
 def test_numbers_that_are_none(base, tmp_path):

@@ -112,16 +112,9 @@ def test_peak_memory_is_the_runs_own():
     assert big.peak_memory_mb - small.peak_memory_mb > 50
 
 
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"method": "a/b"}, ValueError, "method is 'a/b': use letters, digits"),
-        ({"method": ""}, ValueError, "method is ''"),
-        ({"method": "sft", "config": [1]}, TypeError, r"config is \[1\]: give a mapping"),
-    ],
-)
-def test_start_checks_before_it_makes_a_folder(settings, error, message, registry):
-    with pytest.raises(error, match=message), runs.start(**settings):
+@pytest.mark.parametrize("method", ["a/b", ""])
+def test_start_checks_before_it_makes_a_folder(method, registry):
+    with pytest.raises(ValueError, match=f"method is '{method}': use letters, digits"), runs.start(method):
         pass
     assert not registry.exists()
 
@@ -206,7 +199,7 @@ def test_a_crash_between_write_and_replace_leaves_the_old_file():
 def test_a_crash_while_starting_leaves_no_run(registry):
     process = python(
         "from pathlib import Path\n"
-        "Path.rename = lambda *paths: os._exit(9)\n"
+        "Path.replace = lambda *paths: os._exit(9)\n"
         "with runs.start('grpo'):\n"
         "    pass"
     )

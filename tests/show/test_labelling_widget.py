@@ -40,7 +40,7 @@ def test_buttons_call_the_session(view):
     assert view.bar.value == 4 and view.bar.max == 6
     assert "4 of 6 answered, 1 skipped" in view.status.value
     assert "What is 4 + 5" in view.prompt.value
-    resumed = labelling.Session(ROWS, "anna", view.session.path)
+    resumed = labelling.Session(ROWS, "anna", view.session.file)
     assert resumed.labels == view.session.labels
 
 

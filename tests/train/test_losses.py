@@ -10,8 +10,9 @@ from statistics import fmean
 import pytest
 import torch
 
-from rlnb.model import load as models, reward_model as reward_models
-from rlnb.data import shapes as datasets
+from rlnb.data import shapes
+from rlnb.measure.judge import judge_pairs
+from rlnb.model import LoRA, load_model, reward_model
 from tests import tiny
 
 PROMPTS = ("1 + 2?", "What is 12 + 5?", "Anna has 7 pens and buys 3 more. How many now?", "9 - 4?")
@@ -30,11 +31,11 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def policy(base):
-    return models.load_model(base, lora=models.LoRA(rank=4, alpha=8))
+    return load_model(base, lora=LoRA(rank=4, alpha=8))
 
 
 def pairs():
-    return datasets.preference(
+    return shapes.preference(
         {"prompt": p, "chosen": c, "rejected": r}
         for p, c, r in zip(PROMPTS, CHOSEN, REJECTED, strict=True)
     )
@@ -43,7 +44,7 @@ def pairs():
 def labels():
     texts = zip(PROMPTS * 2, CHOSEN + REJECTED, [True] * 4 + [False] * 4, strict=True)
     rows = [{"prompt": p, "completion": c, "label": good} for p, c, good in texts]
-    return datasets.unpaired(rows[i] for i in (0, 5, 2, 7, 4, 1, 6, 3))
+    return shapes.unpaired(rows[i] for i in (0, 5, 2, 7, 4, 1, 6, 3))
 
 
 def move(model, seed=0):
@@ -166,12 +167,12 @@ def test_orpo(policy, tmp_path):
 def test_reward_model(base, tmp_path):
     from trl import RewardConfig, RewardTrainer
 
-    model, tokenizer = reward_models.load(base, models.LoRA(rank=4, alpha=8))
+    model, tokenizer = reward_model.load(base, LoRA(rank=4, alpha=8))
     trainer = RewardTrainer(
         model, args=RewardConfig(str(tmp_path), **WHERE), train_dataset=pairs(),
         processing_class=tokenizer,
     )  # fmt: skip
-    report = reward_models.judge_pairs(model, tokenizer, pairs())
+    report = judge_pairs(model, tokenizer, pairs())
     assert len(set(report.margins)) == 4
     assert loss_of(trainer) == pytest.approx(report.loss, abs=1e-4)
 
