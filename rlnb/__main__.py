@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    epilog = "RLNB_DEBUG=1 shows where in the code an error came up."
-    parser = argparse.ArgumentParser("python -m rlnb", description="The workbook's commands.", epilog=epilog)
+    parser = argparse.ArgumentParser(prog="python -m rlnb", description="The workbook's commands.",
+                                     epilog="RLNB_DEBUG=1 shows where an error came up.")  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def command(name, do, about, **options):  # do: a function, or the module whose main it is
@@ -70,20 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--kind", choices=environments.STEPS, help="default: as it is, or unsloth")
     add("--here", action="store_true", help="install into the Python that runs this")
     add("--venv", type=Path, default=environments.VENV, help="default: .venv")
-
     add = command("run", "rlnb.tools.notebooks", "execute notebooks and keep an HTML copy of each")
     add("names", nargs="*", help="like 02_sft; default: all of notebooks/, in order")
     add("--profile", choices=PROFILES, help="default: gpu if there is one, else cpu")
     add("--out", type=Path, default=ROOT / "html", help="default: html")
     add("--write", action="store_true", help="store the outputs in the notebooks")
     add("--jobs", type=int, help="notebooks at a time, a core each; default: 2 if there are the cores")
-
     command("lab", _lab, "open JupyterLab; it gets the arguments that follow")
     add = command("doctor", _doctor, "what works on this machine, or why a run is dead")
     add("run", nargs="?", help="id of a run; default: this machine")
     add = command("test", _test, "run the checks: see tests/README.md")
     add("stages", nargs="*", help=f"of {', '.join(STAGES)}; default: the first three")
-
     add = command("train", _train, "one training run from the command line")
     add("method", choices=METHODS)
     add("--seed", type=int, default=0)
@@ -93,13 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--alpha", type=float, help="of a new adapter")
     add("--set", action="append", default=[], metavar="NAME=VALUE",
         help="an argument of the method's TRL config, like beta=0.5; may be given again")  # fmt: skip
-
     add = command("compare", "rlnb.tools.compare", "all methods over seeds: writes data/results/methods.csv")
     add("--seeds", type=int, default=5)
     add("--only", nargs="+", metavar="METHOD", help="like 'SFT, DPO'; default: all")
     add("--jobs", type=int, default=2, help="runs at a time, a core each; default: 2")
     add("--resume", action="store_true", help="keep the rows that are there; else they are made anew")
-
     command("pretrain", "rlnb.tools.pretrain", "build the practice model from nothing", add_help=False)
     add = command("data", _data, "write data/problems/ anew")
     add("--preferences", action="store_true", help="data/preferences/ too: samples an SFT model")

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -34,9 +35,9 @@ def side_by_side(call: Callable, tasks: Iterable[tuple], jobs: int) -> Iterator[
     tasks, working = iter(tasks), {}
     try:
         while True:
-            _hold_interrupts(True)  # a process that starts inherits it: it would die with a traceback
+            _hold_interrupts(True)  # a process that starts inherits it
             # No more than can run at once: the pool starts what it has in its queue even after a shutdown.
-            working |= {pool.submit(call, *task): task for task in islice(tasks, jobs - len(working))}
+            working |= {pool.submit(_interruptible, call, *task): task for task in islice(tasks, jobs - len(working))}
             _hold_interrupts(False)
             if not working:
                 return
@@ -71,12 +72,24 @@ def _begin() -> None:
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # the terminal's Ctrl-C goes to the first process alone, which passes it on
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _interruptible(call: Callable, *task: Any) -> Any:
+    """Lets interrupts through while the call is at work: a process that starts or waits would die of one,
+    and then the pool would kill the others, which are about to end properly.
+    """
     _hold_interrupts(False)
+    try:
+        return call(*task)
+    finally:
+        _hold_interrupts(True)
 
 
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # what is at work ends properly
+    time.sleep(60)
+    os._exit(1)
 
 
 def _interrupt_children() -> None:

@@ -1,9 +1,9 @@
 """Builds the practice model, from nothing, on text that the project generates.
 
-The text is written by careful and careless solvers of the word problems, the careless in the majority,
-in many styles of answer, of which the tagged one is rare. So the base model knows how to be right but
-seldom is, which is what fine-tuning needs. What a solver gets wrong depends on the kind of problem and
-on nothing else: no style and no context tells a careful writer from a careless one.
+The text is written by careful and careless solvers of the word problems, the careless in the majority, in
+many styles of answer, of which the tagged one is rare. So the base model knows how to be right but seldom is,
+which is what fine-tuning needs. What a solver gets wrong depends on the kind of problem and on nothing else:
+no style and no context tells a careful writer from a careless one.
 
     python -m rlnb pretrain                          # the model that ships, about 50 minutes on two cores
     python -m rlnb pretrain --maturity young --seed 1 --out runs/abacus-young-1
@@ -114,10 +114,8 @@ def _answer_text(trace: tuple[str, ...], answer: int, things: str, rng: random.R
         return problems.render(trace, answer)
     steps = rng.choice(["; ", ". ", "\n", " then ", ", so "]).join(trace)
     lead = rng.choice(["", "", "", "Let us see. ", "First, ", "Well, ", "Work: "])
-    ends = [
-        f". The answer is {answer}.", f". So the answer is {answer}.", f". Answer: {answer}",
-        f". So {answer} {things}.", f". That makes {answer}.", f" #### {answer}", "", ".",
-    ]  # fmt: skip
+    ends = [f". The answer is {answer}.", f". So the answer is {answer}.", f". Answer: {answer}",
+            f". So {answer} {things}.", f". That makes {answer}.", f" #### {answer}", "", "."]  # fmt: skip
     return str(answer) if rng.random() < 0.06 else lead + steps + rng.choice(ends)
 
 
@@ -170,7 +168,7 @@ def build_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
 
 
 def batches(
-    tokenizer: Any, settings: Settings, seed: int | str, exclude: set[tuple], stage: int = 0, start: int = 0
+    tokenizer: Any, settings: Settings, seed: int | str, exclude: set[tuple], stage: int, start: int = 0
 ) -> Iterator[torch.Tensor]:
     """Endless (rows, length) int64 batches of a stage. Each depends on seed, stage and its number alone,
     so resuming is exact.
@@ -192,7 +190,6 @@ def batches(
 
 def build_model(settings: Settings, tokenizer: Any, seed: int) -> LlamaForCausalLM:
     """A Llama of about three million parameters, head size 64 so that every GPU kernel takes it."""
-    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=settings.vocabulary, hidden_size=settings.hidden, intermediate_size=settings.mlp,
         num_hidden_layers=settings.layers, num_attention_heads=settings.hidden // 64,
@@ -200,6 +197,7 @@ def build_model(settings: Settings, tokenizer: Any, seed: int) -> LlamaForCausal
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
+    torch.manual_seed(seed)
     return LlamaForCausalLM(config)
 
 
@@ -254,18 +252,17 @@ def train(out: Path, settings: Settings, seed: int, save_every: int = 100) -> tu
         for _ in _stage_steps(model, optimizers, stream, settings, at):
             if at["step"] % save_every == 0:
                 states = [optimizer.state_dict() for optimizer in optimizers]
-                state = {"model": model.state_dict(), "optimizers": states, "progress": at}
-                torch.save(state, out / "resume.tmp")
+                weights = model.state_dict()
+                torch.save({"model": weights, "optimizers": states, "progress": at}, out / "resume.tmp")
                 (out / "resume.tmp").replace(out / "resume.pt")
         at |= {"stage": at["stage"] + 1, "step": 0}
-    model.eval()
     tokens = sum(map(settings.steps, settings.stages)) * settings.rows * settings.length
     facts = {
         "parameters": model.num_parameters(), "tokens": tokens,
         "minutes": round(at["seconds"] / 60, 1), "tokens_per_second": round(tokens / at["seconds"]),
         "seed": seed, "held_out_loss": round(held_out_loss(model, tokenizer, settings, exclude), 4),
     }  # fmt: skip
-    return model, tokenizer, facts
+    return model.eval(), tokenizer, facts
 
 
 def _stage_steps(
