@@ -11,8 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rlnb.model import LoRA, attention, quiet, resolve
+from rlnb.model import attention
+from rlnb.model.backends import quiet
+from rlnb.model.folders import resolve
 from rlnb.model.load import disable_input_casts
+from rlnb.model.lora import LoRA
 
 import torch  # these come after rlnb.model, which brings in Unsloth
 from peft import LoraConfig, PeftModel, get_peft_model

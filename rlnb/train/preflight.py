@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlnb import machine
-from rlnb.model import LoRA, memory, sampling
+from rlnb.model import memory, sampling
+from rlnb.model.lora import LoRA
 
 import numpy as np
 import pyarrow.compute as arrow

@@ -6,6 +6,7 @@ Prints both columns and their ratio; exits with status 1 if a peak is off by mor
 import argparse
 import sys
 
+from rlnb.measure.peak import try_out
 from rlnb.model import memory
 from rlnb.model.lora import MLP, LoRA
 
@@ -28,7 +29,7 @@ def main() -> None:
     print(f"{options.model}, batch {options.batch} x {options.length} tokens, MB of 2**20 bytes")
     print(f"{'':34}{'predicted':>10}{'measured':>10}{'ratio':>8}")
     for name, (lora, autocast) in CASES.items():
-        predicted, found = memory.try_out(
+        predicted, found = try_out(
             options.model, lora, batch=options.batch, length=options.length, autocast=autocast
         )
         peak = found.ram if found.gpu is None else found.gpu

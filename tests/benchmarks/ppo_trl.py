@@ -41,6 +41,7 @@ from typing import Any
 
 from rlnb import files, machine
 from rlnb.data import shapes
+from rlnb.measure import peak
 from rlnb.model import LoRA, load_model, memory, reward_model
 from rlnb.task import problems
 from rlnb.tools import setup as bootstrap
@@ -170,7 +171,7 @@ def child(options: argparse.Namespace) -> None:
             trainer.train()
             drawn.append(tokens())
 
-        found = memory.measure(work)
+        found = peak.measure(work)
     print(json.dumps({
         "step_seconds": [b - a for a, b in pairwise(ends)],
         "growth_mb": found.ram / memory.MB, "tokens": drawn[0],

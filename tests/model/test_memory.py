@@ -2,8 +2,6 @@
 training, which no unit test should depend on.
 """
 
-import subprocess
-import sys
 
 import pytest
 import tiny
@@ -163,35 +161,3 @@ def test_a_config_of_no_causal_lm():
 
     with pytest.raises(ValueError, match="ViTConfig"):
         memory.predict(ViTConfig(), batch=1, length=1)
-
-
-def test_a_training_that_fails_says_why(base, tmp_path):
-    """The config alone can be predicted from; weights that nobody can read fail in the child."""
-    (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
-    (tmp_path / "model.safetensors").write_text("nobody can load this")
-    with pytest.raises(Exception, match=r"(?i)header|safetensor"):
-        memory.try_out(tmp_path, LoRA(), batch=1, length=8)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset a process's peak")
-def test_growth_is_measured_at_its_peak():
-    found = memory.measure(lambda: bytearray(64 * memory.MB))
-    assert 60 * memory.MB < found.ram < 96 * memory.MB
-    assert memory.measure(lambda: None).ram < 8 * memory.MB
-    assert (found.gpu is None) == (not torch.cuda.is_initialized())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset a process's peak")
-def test_a_child_of_a_large_process_does_not_inherit_its_peak():
-    """As getrusage says it does: a notebook's kernel is such a parent."""
-    code = "from rlnb import machine; print(machine.peak_memory_mb())"
-    ballast = bytearray(512 * memory.MB)
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
-    assert len(ballast) > 0
-    assert float(done.stdout) < 256
-
-
-def test_a_training_is_tried_out_in_a_process_of_its_own(base):
-    predicted, found = memory.try_out(base, LoRA(rank=4), batch=1, length=8)
-    assert predicted == memory.predict(base, LoRA(rank=4), batch=1, length=8)
-    assert (found.ram is None) == (sys.platform != "linux")
