@@ -11,7 +11,6 @@ arXiv 2009.01325; Ouyang et al. 2022, InstructGPT, arXiv 2203.02155.
 
 from collections.abc import Callable
 
-import rlnb.model  # noqa: F401  Unsloth first
 import torch
 from torch import Tensor
 
