@@ -1,1 +1,1 @@
-"""What maintainers and the command line need, and no lesson."""
+"""What the command line is made of: set-up, notebooks, the comparison, pretraining, a look at the machine."""

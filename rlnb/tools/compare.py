@@ -138,29 +138,29 @@ def tests() -> list[tuple[str, Problem]]:
 
 def _policy(model: Any, tokenizer: Any, sft: runs.Run) -> dict[str, Any]:
     """Accuracy of greedy answers on each split, and how far the policy is from its SFT model."""
-    splits, asked = zip(*tests(), strict=True)
-    report = evaluate.accuracy(model, tokenizer, asked)
+    splits, tasks = zip(*tests(), strict=True)
+    report = evaluate.accuracy(model, tokenizer, tasks)
     found = counts(splits, [one["strict"] for one in report.rows], [one["tokens"] for one in report.rows])
     moved = moved_from(sft, model, tokenizer, [p for split, p in tests() if split == "id"])
     return found | {"kl": round(moved.mean, 4), "kl_error": round(moved.error, 4)}
 
 
-def moved_from(start: runs.Run, model: Any, tokenizer: Any, asked: Sequence[Problem], seed: int = 0) -> KL:
+def moved_from(start: runs.Run, model: Any, tokenizer: Any, tasks: Sequence[Problem], seed: int = 0) -> KL:
     """How far the policy is from a run's, on samples for these problems."""
     reference, _ = load_model(model_name(), start.adapter)
-    return kl(model, tokenizer, [problems.prompt(p) for p in asked], reference=reference, seed=seed)
+    return kl(model, tokenizer, [problems.prompt(p) for p in tasks], reference=reference, seed=seed)
 
 
 def _best_of(model: Any, tokenizer: Any, seed: int) -> dict[str, Any]:
     """The same of the sample that the reward model likes best. Its KL is an upper bound."""
-    splits, asked = zip(*tests(), strict=True)
-    prompts = [problems.prompt(p) for p in asked]
+    splits, tasks = zip(*tests(), strict=True)
+    prompts = [problems.prompt(p) for p in tasks]
     drawn = sampling.sample(model, tokenizer, prompts, n=BEST_OF, seed=seed)
     answers = ([{"role": "assistant", "content": text}] for group in drawn.texts for text in group)
     texts = [prompt + next(answers) for prompt in prompts for _ in range(BEST_OF)]
     scores = reward_model.score(*reward_model.load(model_name(), methods.judge(seed)), texts)
     strict, tokens = [], []
-    for i, (problem, group, ids) in enumerate(zip(asked, drawn.texts, drawn.ids, strict=True)):
+    for i, (problem, group, ids) in enumerate(zip(tasks, drawn.texts, drawn.ids, strict=True)):
         likes = scores[BEST_OF * i :][:BEST_OF]
         best = likes.index(max(likes))
         strict.append(problems.grade(group[best], problem.question, problem.answer).strict)

@@ -96,7 +96,7 @@ LIGHT = ("profiles", "files", "machine", "task.problems", "task.rewards", "data.
 
 
 def test_importing_rlnb_loads_nothing_heavy():
-    heavy = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "matplotlib"}
+    heavy = {"torch", "transformers", "trl", "peft", "unsloth", "datasets"}
     code = (
         "import sys, time; began = time.process_time(); import rlnb\n"
         "print(time.process_time() - began)\n"
