@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlnb import machine
-from rlnb.model import LoRA, load_model
+from rlnb.model import LoRA, load_model, quiet
 from rlnb.model.memory import Prediction, predict
 
 import torch
@@ -61,7 +61,8 @@ def _train_measured(name: str, lora: LoRA | None, batch: int, length: int, autoc
 
 
 def _train(name: str, lora: LoRA | None, batch: int, length: int, autocast: bool) -> None:
-    model, _ = load_model(name, lora, dtype="float32", max_lora_rank=512)
+    with quiet():
+        model, _ = load_model(name, lora, dtype="float32", max_lora_rank=512)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
     for _ in range(3):
