@@ -53,12 +53,12 @@ def side_by_side(call: Callable, tasks: Iterable[tuple], jobs: int) -> Iterator[
         ) from None
     finally:
         _hold_interrupts(False)
-        while pool is not None:
+        while working:  # and not in shutdown(), whose join of a thread an interrupt ends for good
             try:
-                pool.shutdown()
-                pool = None
+                working = wait(working).not_done
             except KeyboardInterrupt:
                 _interrupt_children()
+        pool.shutdown()
 
 
 def _begin() -> None:
