@@ -7,7 +7,6 @@ import functools
 import importlib.util
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 
 from rlnb.streams import captured
@@ -30,17 +29,14 @@ for _name, _value in {
 def backend() -> str:
     """Import Unsloth, once, and name what does the work: "unsloth-cpu", "unsloth-gpu" or "plain".
 
-    Warns if it comes too late to patch the others. Raises RuntimeError, with Unsloth's own message, where it
-    is installed and does not import.
+    Unsloth itself warns if the others came before it. Raises RuntimeError, with its own message, where it is
+    installed and does not import.
     """
     mac = sys.platform == "darwin"
     if mac or importlib.util.find_spec("unsloth") is None:
         reason = "Unsloth has no torch backend on macOS" if mac else "Unsloth is not installed"
         say_once(f"{reason}: models load with plain transformers and PEFT.")
         return "plain"
-    if "unsloth" not in sys.modules and (early := {"trl", "transformers", "peft"} & sys.modules.keys()):
-        told = f"{', '.join(sorted(early))} came before Unsloth, which then leaves some of its patches out"
-        warnings.warn(f"{told}: restart, and import rlnb.model above them", stacklevel=3)
     try:
         with quiet():
             import unsloth  # noqa: F401  it patches the others, so it comes first

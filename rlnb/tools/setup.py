@@ -85,7 +85,10 @@ def setup(prefix: Path | None, kind: str | None = None) -> Path:
     if base:
         for path in old:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        subprocess.run([base, "-m", "venv", str(folder)], check=True)
+        # Its output is held: on Ctrl-C it would tell of its own interrupt with a traceback.
+        made = subprocess.run([base, "-m", "venv", str(folder)], capture_output=True, text=True)
+        if made.returncode:
+            sys.exit(f"{base} could not make {folder}:\n{made.stdout}{made.stderr}")
         version = _version(python)
     for step in STEPS[kind]:
         _pip_install(python, step, folder / "rlnb-setup.log")
