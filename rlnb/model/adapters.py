@@ -4,6 +4,7 @@ Whatever is done here is undone exactly: the weights of the base come back bit f
 trained before trains again.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear
+from peft.utils import ModulesToSaveWrapper
 
 from rlnb.model.folders import FILES, base_name, check_name, load_weights, read_saved, resolve, save_adapter
-from rlnb.model.lora import lora_layers, rewrites_base
+from rlnb.model.lora import largest_rank, lora_layers, rewrites_base
 
 __all__ = ["add", "base_name", "combine", "lora_layers", "merged", "off", "read_saved", "resolve", "save_adapter",
            "using"]  # fmt: skip
@@ -65,13 +67,18 @@ def combine(model: Any, name: str, weights: Mapping[str, float]) -> None:
 
     It gets there by stacking: B = [B_1 B_2 ...] and A = [w_1 s_1 A_1; w_2 s_2 A_2; ...], so its rank is the
     sum of the ranks. (PEFT's add_weighted_adapter takes over the first one's use_rslora, which scales the
-    sum wrongly.) It is frozen, and not yet in use. Raises ValueError for a name that is not there or taken.
+    sum wrongly.) It is frozen, and not yet in use.
+    Raises ValueError for a name that is not there or taken, no weights, or one that is no finite number.
     """
     _check_new_name(model, name)
-    for other in weights:
+    if not weights:
+        raise ValueError("weights is empty: name the adapters to combine, as {'sft': 0.5}")
+    for other, weight in weights.items():
         check_name(model, other)
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"the weight of {other!r} is {weight!r}: it must be a finite number")
     layers = {n: m for n, m in lora_layers(model).items() if weights.keys() & m.lora_A.keys()}
-    rank = sum(model.peft_config[other].r for other in weights)
+    rank = sum(largest_rank(model.peft_config[other]) for other in weights)
     ends = sorted({layer.split(".")[-1] for layer in layers})
     with _unchanged(model), torch.no_grad():
         model.add_adapter(name, LoraConfig(r=rank, lora_alpha=rank, target_modules=ends, task_type="CAUSAL_LM"))
@@ -94,8 +101,11 @@ def merged(model: Any) -> Iterator[Any]:
     Raises TypeError for what has no exact merge here (DoRA), ValueError where no adapter is in use.
     """
     for name, layer in lora_layers(model).items():
-        if type(layer) is not Linear or layer.lora_variant:
+        special = layer.lora_variant or any(layer.lora_bias.get(active) for active in layer.active_adapters)
+        if type(layer) is not Linear or special:
             raise TypeError(f"{name} is {type(layer).__name__}, not plain LoRA: merge it with PEFT")
+    if any(isinstance(module, ModulesToSaveWrapper) for module in model.modules()):
+        raise TypeError("the adapter has modules_to_save, not LoRA alone: merge it with PEFT")
     if all(layer.disable_adapters for layer in lora_layers(model).values()):
         raise ValueError("no adapter is in use: there is nothing to merge")
     with _restored(model) as layers, torch.no_grad():

@@ -19,7 +19,7 @@ from rlnb.model import attention
 from rlnb.model.backends import backend, quiet, say_once
 from rlnb.model.folders import base_name, load_weights, read_saved, resolve
 from rlnb.model.lora import (
-    INITS, MAX_LORA_RANK, LoRA, Saved, check_init, check_positive_int, check_rank, skeleton,
+    INITS, MAX_LORA_RANK, LoRA, Saved, check_init, check_positive_int, check_rank, largest_rank, skeleton,
     smallest_width, target_layers, vllm_rank,
 )  # fmt: skip
 from rlnb.profiles import PRACTICE
@@ -55,7 +55,7 @@ def load_model(
     config = AutoConfig.from_pretrained(base)
     if lora is not None:
         adapter, folder = _adapter(lora, base, config, max_lora_rank, reference)
-        rank = adapter.r
+        rank = largest_rank(adapter)
     options = _options(kind, config, rank, max_lora_rank, fast_inference, max_seq_length, dtype, seed)
     # 2. load
     with quiet(bars=not Path(base).is_dir()):
@@ -94,7 +94,7 @@ def _adapter(lora: Any, base: str, config: Any, most: int, reference: bool) -> t
         adapter.base_model_name_or_path, adapter.inference_mode = None, False
     else:
         raise ValueError(f"lora is {lora!r}: it must be LoRA(...), an adapter's folder or None")
-    check_rank(adapter.r, most)
+    check_rank(largest_rank(adapter), most)
     layers = target_layers(skeleton(config), adapter.target_modules)
     if not folder:
         check_rank(lora.rank, most, smallest_width(layers))

@@ -102,6 +102,11 @@ def check_rank(rank: int, max_lora_rank: int = MAX_LORA_RANK, smallest_width: in
         )
 
 
+def largest_rank(adapter: Any) -> int:
+    """The largest rank that PEFT's config of an adapter has anywhere."""
+    return max([adapter.r, *(adapter.rank_pattern or {}).values()])
+
+
 def vllm_rank(max_lora_rank: int) -> int:
     """The max_lora_rank that vLLM takes: the next of VLLM_RANKS. ValueError above the last one."""
     check_positive_int("max_lora_rank", max_lora_rank)

@@ -377,6 +377,9 @@ def test_weights_move_the_outputs_from_one_adapter_to_the_other(model):
     [
         ("dpo", {"grpo": 1.0}, "name 'dpo' is .* taken"),
         ("mix", {"ppo": 1.0}, "no adapter 'ppo': it has default, dpo, grpo"),
+        ("mix", {"dpo": float("nan")}, "weight of 'dpo' is nan: it must be a finite number"),
+        ("mix", {"dpo": "1"}, "weight of 'dpo' is '1': it must be a finite number"),
+        ("mix", {}, "weights is empty"),
     ],
 )
 def test_combinations_that_make_no_sense(model, name, weights, says):
@@ -427,6 +430,8 @@ def test_what_cannot_be_merged(base, model):
         refused(model, ValueError, "no adapter is in use")
     for settings, says in [
         ({"use_dora": True}, "q_proj is Linear, not plain LoRA: merge it with PEFT"),
+        ({"lora_bias": True}, "q_proj is Linear, not plain LoRA"),
+        ({"modules_to_save": ["norm"]}, "has modules_to_save"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens is Embedding, not plain"),
     ]:
         config = LoraConfig(**{"target_modules": ["q_proj"]} | settings)

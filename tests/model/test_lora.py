@@ -205,3 +205,11 @@ def test_rlinfs_keys_that_make_no_sense(tmp_path, keys, says):
     (file := tmp_path / "rlinf.yaml").write_text(keys)
     with pytest.raises(ValueError, match=f"^{file}: {says}"):
         lora.from_rlinf(file)
+
+
+def test_a_rank_that_one_layer_alone_has_counts():
+    """PEFT's rank_pattern: the engine has to hold the largest."""
+    from peft import LoraConfig
+
+    assert lora.largest_rank(LoraConfig(r=8)) == 8
+    assert lora.largest_rank(LoraConfig(r=8, rank_pattern={"q_proj": 128})) == 128
