@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -35,10 +36,10 @@ def side_by_side(call: Callable, tasks: Iterable[tuple], jobs: int) -> Iterator[
     tasks, working = iter(tasks), {}
     try:
         while True:
-            _hold_interrupts(True)  # a process that starts inherits it
-            # No more than can run at once: the pool starts what it has in its queue even after a shutdown.
-            working |= {pool.submit(_interruptible, call, *task): task for task in islice(tasks, jobs - len(working))}
-            _hold_interrupts(False)
+            with _interrupts_held():
+                # No more than can run at once: the pool starts what it has in its queue even after a shutdown.
+                for task in islice(tasks, jobs - len(working)):
+                    working[pool.submit(_interruptible, call, *task)] = task
             if not working:
                 return
             for future in wait(working, return_when=FIRST_COMPLETED).done:
@@ -52,7 +53,6 @@ def side_by_side(call: Callable, tasks: Iterable[tuple], jobs: int) -> Iterator[
             f"{call.__name__}{task}: its process, or one beside it, was killed. Had the machine memory left?"
         ) from None
     finally:
-        _hold_interrupts(False)
         while working:  # and not in shutdown(), whose join of a thread an interrupt ends for good
             try:
                 working = wait(working).not_done
@@ -78,11 +78,11 @@ def _interruptible(call: Callable, *task: Any) -> Any:
     """Lets interrupts through while the call is at work: a process that starts or waits would die of one,
     and then the pool would kill the others, which are about to end properly.
     """
-    _hold_interrupts(False)
+    _mask_interrupts(False)
     try:
         return call(*task)
     finally:
-        _hold_interrupts(True)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _end_with_parent() -> None:
@@ -97,7 +97,23 @@ def _interrupt_children() -> None:
         os.kill(process.pid, signal.SIGINT)
 
 
-def _hold_interrupts(on: bool) -> None:
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Puts off Ctrl-C to the end of the block; processes that start in it do not see it until they ask."""
+    late = []
+    # The mask, which processes inherit, is this thread's alone: another one can take the signal for us.
+    before = signal.signal(signal.SIGINT, lambda *what: late.append(what))
+    _mask_interrupts(True)
+    try:
+        yield
+    finally:
+        _mask_interrupts(False)
+        signal.signal(signal.SIGINT, before)
+    if late:
+        raise KeyboardInterrupt
+
+
+def _mask_interrupts(on: bool) -> None:
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
         signal.pthread_sigmask(signal.SIG_BLOCK if on else signal.SIG_UNBLOCK, [signal.SIGINT])
 

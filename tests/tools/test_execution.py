@@ -160,7 +160,7 @@ def test_ctrl_c_ends_the_cell_and_the_kernel(tmp_path, out, signals, wait, jobs)
 
 @pytest.mark.parametrize("jobs", "12")
 def test_ctrl_c_while_a_kernel_starts_ends_both(tmp_path, out, jobs):
-    paths = [write(tmp_path, name, "1") for name in ("one", "two")]
+    paths = [write(tmp_path, name, SLEEP) for name in ("one", "two")]
     command = [sys.executable, "-m", "rlnb", "run", *map(str, paths), "--out", str(out)]
     command += ["--jobs", jobs]
     process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=subprocess.STDOUT, text=True)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -129,6 +130,17 @@ def measure(method, seed):
     if method == "broken":
         raise ValueError("no such thing")
     return {"method": method, "seed": seed, "pid": os.getpid(), "share": 0.1}
+
+
+def test_interrupts_are_held_even_where_another_thread_can_take_them():
+    threading.Thread(target=time.sleep, args=(5,), daemon=True).start()
+    done = False
+    with pytest.raises(KeyboardInterrupt), experiments._interrupts_held():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        done = True
+    assert done
+
 
 
 @pytest.mark.parametrize("resume", [False, True])
