@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -225,25 +224,12 @@ def find(**filters: Any) -> list[Run]:
     return sorted(found, key=lambda run: (run.started, run.id), reverse=True)
 
 
-def latest(*, status: str | None = "done", **filters: Any) -> Run | None:
-    """The newest run that is done (or has that status; None: any) and fits, None if none does."""
-    filters |= {} if status is None else {"status": status}
-    return next(iter(find(**filters)), None)
-
-
 def load(id: str) -> Run:
     """The run of that id. FileNotFoundError names the newest if there is none; ValueError if it is broken."""
     if not (root() / id / "run.json").is_file():
         newest = ", ".join(run.id for run in find()[:3]) or "none yet"
         raise FileNotFoundError(f"no run {id!r} in {root()}; the newest are: {newest}.")
     return _read(root() / id)
-
-
-def delete(run: Run) -> None:
-    """Deletes a run with all its files. Raises ValueError for one that still runs."""
-    if load(run.id).status == "running":
-        raise ValueError(f"run {run.id} is still running: stop it first")
-    shutil.rmtree(run.folder.rename(run.folder.with_name(f".{run.id}.gone")))  # readers never see half
 
 
 def differences(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:

@@ -1,50 +1,41 @@
-"""What a run will cost, about: memory from the model's shape, seconds from earlier runs on this machine."""
+"""What a run will cost, about: memory from the model's shape, seconds from an earlier run on this machine."""
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
 from rlnb import machine
-from rlnb.model import LoRA, memory, sampling
-from rlnb.model.adapters import base_name, resolve
+from rlnb.model import LoRA, memory, resolve, sampling
+from rlnb.model.folders import base_name
 from rlnb.model.lora import skeleton, smallest_width, target_layers
 from rlnb.profiles import PRACTICE, has_cuda, model_name, profile
 from rlnb.record import progress, runs
 from rlnb.task import problems
 
-import torch
 from transformers import AutoConfig, AutoTokenizer
 
 SIDES = {"dpo": 2, "orpo": 2, "reward_model": 2}  # sequences per row of a batch
 HELD = 2  # bytes that a process on a CPU holds for one in use: measured
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Of one run, in seconds: until its first step, for each sequence of a step, and after its last step."""
-
-    before: float
-    sequence: float
-    after: float
-
-    def of(self, settings: Mapping[str, Any]) -> tuple[float, float]:
-        """Seconds of a step and of a whole run with these settings; a step has its sequences' time."""
-        step = self.sequence * _sequences(settings)
-        return step, self.before + settings["max_steps"] * step + self.after
-
-
-def timing(method: str) -> Timing | None:
-    """Of the newest finished run of the method with this model and profile on this machine, if any."""
+def earlier_run(method: str) -> runs.Run | None:
+    """The newest finished run of the method with this model and profile on this machine, if any."""
     here = dict(method=method, model=base_name(resolve(model_name())), profile=profile(), status="done")
-    for run in runs.find(**here, **{"machine.platform": machine.describe()["platform"]}):
-        at = [row["seconds"] for row in run.curve() if "seconds" in row and progress.metrics(row)]
-        if len(at) > 1:
-            step = (at[-1] - at[0]) / (len(at) - 1)
-            return Timing(max(0.0, at[0] - step), step / _sequences(run.config), run.seconds - at[-1])
-    return None
+    found = runs.find(**here, **{"machine.platform": machine.describe()["platform"]})
+    return next((run for run in found if len(_times(run)) > 1), None)
+
+
+def seconds(earlier: runs.Run, settings: Mapping[str, Any]) -> tuple[float, float]:
+    """Of a step and of a whole run with these settings: each sequence of a step takes as long as it took."""
+    at = _times(earlier)
+    step = (at[-1] - at[0]) / (len(at) - 1)
+    around = max(0.0, at[0] - step) + earlier.seconds - at[-1]  # before the first step and after the last
+    step *= _sequences(settings) / _sequences(earlier.config)
+    return step, around + settings["max_steps"] * step
+
+
+def _times(run: runs.Run) -> list[float]:
+    return [row["seconds"] for row in run.curve() if "seconds" in row and progress.metrics(row)]
 
 
 def _sequences(settings: Mapping[str, Any]) -> int:
@@ -63,11 +54,6 @@ def training(method: str, model: str, rank: int, rows: int, new: int | None) -> 
     )  # fmt: skip
     logits = 0 if method == "orpo" else found.logits  # the others' losses never hold all of them
     return found.trainable, (found.peak - logits) * (1 if has_cuda() else HELD)
-
-
-def held() -> int:
-    """Bytes that this process holds now, or on a GPU torch's allocator."""
-    return torch.cuda.memory_allocated() if has_cuda() else psutil.Process().memory_info().rss
 
 
 @functools.cache

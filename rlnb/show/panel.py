@@ -2,48 +2,36 @@
 the runs of this notebook. ``panel("dpo")`` as the last line of a cell shows it.
 
 It calls rlnb.train.methods.train, as a cell of code does, in a thread, so that the kernel stays free. What a
-click does can be called as well: ``set``, ``run``, ``stop``, ``reset``, and the table's ``hide`` and ``delete``.
+click does can be called as well: ``set``, ``run``, ``stop``, ``reset``.
 """
 
 import atexit
 import gc
 import threading
-from collections.abc import Iterable
 from dataclasses import replace
+from html import escape
+from itertools import cycle
 from typing import Any
 
 import ipywidgets
 
 from rlnb import machine
-from rlnb.model import LoRA, memory
-from rlnb.model.adapters import base_name, read_saved, resolve
+from rlnb.model import LoRA, memory, resolve
+from rlnb.model.folders import base_name, read_saved
 from rlnb.model.lora import VLLM_RANKS, check_rank
 from rlnb.profiles import model_name, profile
 from rlnb.record import progress, runs
-from rlnb.show import forecast, live
-from rlnb.show.run_table import RED, RunTable, block, button, held_out, labels, name, text
+from rlnb.show import drawing, forecast, live, run_table
 from rlnb.streams import captured
 from rlnb.train import methods
 from rlnb.train.recipes import adapter, common, recipe
 
 import torch
 
-RATES = [float(f"{m}e{e}") for e in range(-7, -1) for m in (1, 1.5, 2, 3, 5, 7)]
-# What a knob offers; its first value is added, and others get that times and by 2 and 4.
-OFFERED = {
-    "alpha": [2**k for k in range(10)],
-    "max_lora_rank": VLLM_RANKS,
-    "max_steps": (2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512),
-    "per_device_train_batch_size": (4, 8, 16, 32, 64, 128),
-    "num_generations": (2, 4, 8, 16, 32),
-    "num_ppo_epochs": (1, 2, 3, 4),
-    "temperature": (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5),
-    **dict.fromkeys(("beta", "kl_coef"), (0.0, 0.003, 0.01, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)),
-    "gamma": (0.9, 0.95, 0.99, 1.0),
-    "lam": (0.0, 0.5, 0.8, 0.9, 0.95, 1.0),
-    "seed": range(10),
-}
+RATES = [float(f"{m}e{e}") for e in range(-7, 0) for m in (1, 1.5, 2, 3, 5, 7)]
 NO_KNOB = ("gradient_accumulation_steps", "max_completion_length", "num_mini_batches", "cliprange_value")
+SHOWN = 5  # runs whose curves are drawn
+RED = "var(--jp-error-color1, #c62828)"
 _BUSY = threading.Lock()  # one training at a time: they share the cores and the random state
 
 
@@ -76,8 +64,9 @@ class Panel(live.Drawn):
         self.first = {key: getattr(self.lora, key) for key in own} | {"max_lora_rank": max_lora_rank}
         self.first |= {key: self.usual[key] for key, value in recipe(method).items()
                        if type(value) in (int, float) and key not in NO_KNOB} | {"seed": seed}  # fmt: skip
-        self.current: runs.Run | None = None  # the run that is going
-        self.rows, self.running, self.printed = [], False, ""
+        self.runs: list[runs.Run] = []  # of this method and notebook that have ended, newest first
+        self.rows: progress.Rows = []  # of the run that is going
+        self.running, self.printed = False, ""
         self.ended = threading.Event()  # a thread's join does not survive Ctrl-C in Python 3.11
         self.ended.set()
         self._build()
@@ -87,7 +76,7 @@ class Panel(live.Drawn):
     @property
     def last(self) -> runs.Run | None:
         """The newest run of this method and notebook that has ended."""
-        return self.table.runs[0] if self.table.runs else None
+        return next(iter(self.runs), None)
 
     # --- settings --------------------------------------------------------------------------------
 
@@ -102,11 +91,11 @@ class Panel(live.Drawn):
         return replace(self.lora, **{key: self.knobs[key].value for key in ("rank", "alpha") if key in self.knobs})
 
     def set(self, **values: float) -> None:
-        """Move knobs, also to what they do not offer. Raises KeyError for a knob that is not there."""
+        """Move knobs. Raises KeyError for a knob that is not there."""
         for key, value in values.items():
             knob = self.knobs[key]
-            if value not in (known := [v for _, v in knob.options]):
-                knob.options = _options({value, *known})
+            if hasattr(knob, "options"):  # those offer some values only
+                knob.options = _options({value, *(known for _, known in knob.options)})
             knob.value = value
 
     def reset(self) -> None:
@@ -134,7 +123,7 @@ class Panel(live.Drawn):
         if problem or not _BUSY.acquire(blocking=False):
             self._say(problem or "A run is going in this kernel: wait until it has ended, or stop it.", RED)
             return False
-        self.stopping, self.running, self.rows = False, True, []
+        self.stopping, self.running, self.rows, self.due = False, True, [], 0.0
         self._say("Loading the model and the data.")
         self._tell()
         self.ended.clear()
@@ -167,7 +156,7 @@ class Panel(live.Drawn):
                     said = self._train(arguments)
                 self.printed = printed.getvalue()
             finally:
-                self.current, self.running = None, False
+                self.running, self.rows = False, []
                 gc.collect()  # a trainer and its model hold each other
                 machine.trim()
                 if torch.cuda.is_initialized():
@@ -182,7 +171,7 @@ class Panel(live.Drawn):
         """Train; what to say of how it ended."""
         try:
             run = methods.train(self.method, **arguments)
-            return (f"Done in {run.seconds:.0f} s. Held out: {held_out(run) or 'not measured'}",)
+            return (f"Done in {run.seconds:.0f} s. Held out: {run_table.held_out(run) or 'not measured'}",)
         except KeyboardInterrupt as stopped:
             return (f"{str(stopped).capitalize()}. What it learnt is saved.",)
         except Exception as error:
@@ -196,24 +185,15 @@ class Panel(live.Drawn):
 
     # --- what the training calls, in its thread: the methods of progress.Screen -------------------
 
-    def begin(self, total: int) -> None:
-        here = machine.process()
-        self.current = next((run for run in runs.find(status="running") if run.process == here), None)
-        self.due = 0.0
-
     def show(self, rows: progress.Rows, total: int) -> None:
         self.rows = rows
-        self.status.value = f"<div>{self._phase()}{live.progress_html(rows, total)}</div>"
+        self.status.value = live.progress_html(rows, total)
         super().show(rows, total)
 
     def end(self, rows: progress.Rows, total: int) -> None:
         super().end(rows, total)
         if rows and not self.stopping:
-            self._say(f"{self._phase()}{progress.line(rows[-1], total)}. Measuring on held-out data.")
-
-    def _phase(self) -> str:
-        going = self.current.method if self.current else self.method
-        return "" if going == self.method else f"First {going}, which it starts from: "
+            self._say(f"{progress.line(rows[-1], total)}. Measuring on held-out data.")
 
     # --- what is shown ---------------------------------------------------------------------------
 
@@ -221,18 +201,25 @@ class Panel(live.Drawn):
         """Read the registry anew, and show everything."""
         here = dict(model=base_name(resolve(model_name())), profile=profile())
         mine = runs.find(method=self.method, notebook=runs.this_notebook(), **here)
-        self.table.update([run for run in mine if run.status != "running"])
-        self.timing = forecast.timing(self.method)
+        self.runs = [run for run in mine if run.status != "running"]
+        self.table.value = run_table.table(self.runs, self._colours())
+        self.earlier = forecast.earlier_run(self.method)
         self.sft = {(run.seed, run.config.get("rank")) for run in runs.find(method="sft", status="done", **here)}
         self._tell()
         self.draw()
 
     def draw(self, rows: progress.Rows = (), total: int = 0) -> None:
-        """The curves of the runs that are not hidden, and of the one that is going."""
-        shown = self.table.shown() + ([self.current] if self.current else [])
-        found = dict(zip(labels(shown), shown, strict=True))
-        curves, colours = {label: run.curve() for label, run in found.items()}, map(self.table.colour, found.values())
-        self.plot.value = live.curves_html(curves, list(colours), total) if found else ""
+        """The curves of the newest runs, in the colours of the table, and of the one that is going."""
+        shown = self.runs[:SHOWN]
+        curves = {label: run.curve() for label, run in zip(run_table.labels(shown), shown, strict=True)}
+        curves |= {"now": rows} if rows else {}
+        colours = [*self._colours(), drawing.INK][: len(curves)]
+        self.plot.value = live.curves_html(curves, colours, total) if curves else ""
+
+    def _colours(self) -> list[str]:
+        """Of the newest runs. A run keeps its colour when others come."""
+        every = cycle(drawing.COLOURS)
+        return [next(every) for _ in self.runs][::-1][:SHOWN]
 
     def _tell(self) -> None:
         """Show what a run would cost, or why it cannot be."""
@@ -240,60 +227,68 @@ class Panel(live.Drawn):
         self.buttons["run"].disabled = bool(problem or self.running)
         self.buttons["stop"].disabled = not self.running or self.stopping
         if problem:
-            self.costs.value = block(problem, RED)
+            self.costs.value = _line(problem, RED)
             return
         rows, new = values["per_device_train_batch_size"], values.get("max_completion_length")
         trains, takes = forecast.training(self.method, model_name(), lora.rank, rows, new)
         spent = "time not known before the first run"
-        if self.timing:
-            step, whole = self.timing.of(values)
+        if self.earlier:
+            step, whole = forecast.seconds(self.earlier, values)
             spent = f"takes about <b>{whole:.0f} s</b>, {values['max_steps']} steps of {step:.2g} s"
         if self.start == "sft" and (self.knobs["seed"].value, lora.rank) not in self.sft:
             spent += "<br>before that an SFT run of this rank and seed"
-        peak = (takes + forecast.held()) / memory.MB
         self.costs.value = (
             f"<div style='line-height:1.6'>alpha / r = {lora.alpha:g} / {lora.rank} = {lora.alpha / lora.rank:g}<br>"
-            f"trains <b>{trains:,}</b> parameters<br>{spent}<br>memory about <b>{peak:,.0f} MB</b>, "
-            f"{takes / memory.MB:,.0f} MB of it for training</div>"
+            f"trains <b>{trains:,}</b> parameters<br>{spent}<br>"
+            f"takes about <b>{takes / memory.MB:,.0f} MB</b> of memory</div>"
         )
 
     def _say(self, said: str, colour: str = "inherit") -> None:
-        self.status.value = block(said, colour)
+        self.status.value = _line(said, colour)
 
     # --- widgets ---------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        self.table = RunTable(self.draw)
-        self.knobs = {key: self._knob(key, value) for key, value in self.first.items()}
-        self.costs, self.plot = ipywidgets.HTML(), ipywidgets.HTML()
+        self.knobs = {key: _knob(key, value) for key, value in self.first.items()}
+        for knob in self.knobs.values():
+            knob.observe(lambda _: self._tell(), "value")
+        self.buttons = {}
+        for act, look in ((self.run, "primary"), (self.stop, "warning"), (self.reset, "")):
+            button = ipywidgets.Button(description=act.__name__.title(), button_style=look, layout=dict(width="5.5rem"))
+            button.on_click(lambda _, act=act: act())
+            self.buttons[act.__name__] = button
+        self.costs, self.plot, self.table = (ipywidgets.HTML() for _ in range(3))
         self.status = ipywidgets.HTML(layout={"min_height": "2rem"})
-        self.buttons = {"run": button("Run", "primary", self.run), "stop": button("Stop", "warning", self.stop),
-                        "reset": button("Reset", "", self.reset)}  # fmt: skip
         left = [*self.knobs.values(), self.costs, ipywidgets.HBox([*self.buttons.values()])]
         left = ipywidgets.VBox(left, layout=dict(flex="1 1 20rem", min_width="18rem", max_width="27rem"))
         right = ipywidgets.VBox([self.status, self.plot], layout=dict(flex="2 1 24rem", min_width="0"))
         both = ipywidgets.Box([left, right], layout=dict(flex_flow="row wrap"))
-        self.box = ipywidgets.VBox([both, self.table.box], layout=dict(max_width="78rem"))
-
-    def _knob(self, key: str, value: float) -> Any:
-        make = ipywidgets.Dropdown if key == "max_lora_rank" else ipywidgets.SelectionSlider
-        knob = make(options=_options({value, *_offered(key, value)}), value=value, description=name(key),
-                    layout={"width": "auto"}, style={"description_width": "8.5rem"})  # fmt: skip
-        knob.observe(lambda _: self._tell(), "value")
-        return knob
+        self.box = ipywidgets.VBox([both, self.table], layout=dict(max_width="78rem"))
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return self.box._repr_mimebundle_(**kwargs)
 
 
-def _offered(key: str, value: float) -> Iterable[float]:
+def _knob(key: str, value: float) -> Any:
+    """Sliders for rank and rates, a field for any other number."""
+    look = dict(value=value, description=run_table.name(key), layout={"width": "auto"},
+                style={"description_width": "8.5rem"})  # fmt: skip
+    if key == "max_lora_rank":
+        return ipywidgets.Dropdown(options=_options({value, *VLLM_RANKS}), **look)
     if key == "rank":  # up to the narrowest layer
-        width = forecast.narrowest(model_name())
-        return [2**k for k in range(width.bit_length()) if 2**k <= width]
+        ranks = {2**k for k in range(forecast.narrowest(model_name()).bit_length())}
+        return ipywidgets.SelectionSlider(options=_options({value, *ranks}), **look)
     if key.endswith("learning_rate"):
-        return [rate for rate in RATES if value / 101 < rate < value * 51]
-    return OFFERED.get(key) or [value * 2.0**k for k in range(-2, 3)]
+        rates = {rate for rate in RATES if value / 101 < rate < value * 101}
+        return ipywidgets.SelectionSlider(options=_options({value, *rates}), **look)
+    return (ipywidgets.IntText if isinstance(value, int) else ipywidgets.FloatText)(**look)
 
 
-def _options(values: Iterable[float]) -> list[tuple[str, float]]:
-    return [(text(value), value) for value in sorted(values)]
+def _options(values: set[float]) -> list[tuple[str, float]]:
+    return [(run_table.text(value), value) for value in sorted(values)]
+
+
+def _line(said: str, colour: str = "inherit") -> str:
+    """HTML of a line of text; what it says is text, not HTML."""
+    style = f"color:{colour};line-height:1.4;white-space:normal;overflow-wrap:anywhere"
+    return f"<div style='{style}'>{escape(said)}</div>" if said else ""

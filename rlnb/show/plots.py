@@ -13,7 +13,7 @@ from itertools import cycle
 from typing import Any
 
 from rlnb.show import drawing as draw
-from rlnb.show.drawing import COLOURS, FAINT, INK
+from rlnb.show.drawing import FAINT, INK
 
 style = draw.style  # for figures of one's own
 
@@ -182,25 +182,6 @@ def frontier(
         ax.xaxis.set_major_formatter("{x:g}")
     ax.set(xlabel=xlabel, title=ylabel)
     fig.legend(loc="outside right center", labelcolor="linecolor", prop={"weight": "bold"}, handletextpad=0.2)
-    return fig
-
-
-@draw.styled
-def loop(steps: Sequence[str], back_to: int = 0):
-    """Boxes in a row with arrows from each to the next, and one from the last back to `back_to`."""
-    last = len(steps) - 1
-    fig, (ax,) = draw.figure(1, 1, (1.45 * len(steps), 1.5))
-    ax.set(xlim=(-0.5, last + 0.5), ylim=(-1.1, 0.6))
-    ax.axis("off")
-    box = dict(boxstyle="round,pad=0.4", facecolor="white", edgecolor=COLOURS[0])
-    arrow = dict(arrowstyle="-|>", color=INK, shrinkA=0, shrinkB=0)
-    for i, text in enumerate(steps):
-        ax.text(i, 0, text, ha="center", va="center", bbox=box, fontsize=8.5)
-        if i < last:
-            ax.annotate("", (i + 0.57, 0), (i + 0.43, 0), arrowprops=arrow)
-    ax.plot([last, last, back_to], [-0.35, -0.8, -0.8], color=INK, linewidth=1.0)
-    ax.annotate("", (back_to, -0.35), (back_to, -0.81), arrowprops=arrow)
-    ax.text((last + back_to) / 2, -0.98, "again, from the new policy", ha="center", va="center")
     return fig
 
 

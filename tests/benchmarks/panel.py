@@ -20,11 +20,15 @@ LIMITS = {"move": 0.05, "first": 3.0, "seconds": 1.5, "memory": 1.5}
 
 def measure(method: str) -> dict[str, float]:
     """One run through a panel; seconds and bytes."""
+    import psutil
+
     from rlnb.model import memory
-    from rlnb.profiles import model_name
+    from rlnb.profiles import has_cuda, model_name
     from rlnb.show import forecast
     from rlnb.show.panel import panel
     from rlnb.train import find_or_train_sft
+
+    import torch
 
     find_or_train_sft(0)
     it = panel(method)
@@ -39,14 +43,16 @@ def measure(method: str) -> dict[str, float]:
     it.reset()
     rows, new = it.settings["per_device_train_batch_size"], it.settings.get("max_completion_length")
     _, takes = forecast.training(method, model_name(), it.adapter.rank, rows, new)
-    said = {"seconds": it.timing.of(it.settings)[1], "memory": forecast.held() + takes}
+    said = {"seconds": forecast.seconds(it.earlier, it.settings)[1], "memory": takes}
+    held = torch.cuda.memory_allocated() if has_cuda() else psutil.Process().memory_info().rss
     began = time.perf_counter()
     it.run()
     while not it.rows and not it.ended.is_set():
         time.sleep(0.01)
     first = time.perf_counter() - began
     it.wait()
-    was = {"seconds": it.last.seconds, "memory": (it.last.peak_gpu_memory_mb or it.last.peak_memory_mb) * memory.MB}
+    peak = (it.last.peak_gpu_memory_mb or it.last.peak_memory_mb) * memory.MB
+    was = {"seconds": it.last.seconds, "memory": peak - held}
     return {"move": statistics.median(moves), "first": first, "said": said, "was": was}
 
 

@@ -189,4 +189,4 @@ def test_runs_that_did_not_end_by_themselves():
     assert "no such row" in diagnose.run(failed)[0].saw
     code = "import os; from rlnb.record import runs; run = runs.start('sft'); run.__enter__(); os._exit(1)"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    assert diagnose.run(runs.latest(status="lost"))[0].saw.startswith("lost")
+    assert diagnose.run(runs.find(status="lost")[0])[0].saw.startswith("lost")

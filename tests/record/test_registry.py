@@ -1,4 +1,4 @@
-"""rlnb.record.runs between notebooks: one call each to compare and to delete, and what is left of a
+"""rlnb.record.runs between notebooks: one call to compare, and what is left of a
 training that was interrupted.
 """
 
@@ -34,20 +34,6 @@ def test_what_differs_between_runs_is_one_call():
     child = record(rank=8, max_steps=4, beta=0.1, parent=a)
     assert runs.differences([a, child]) == {a.id: {"parent": None}, child.id: {"parent": a.id}}
 
-
-def test_a_deleted_run_is_gone_with_all_its_files(registry):
-    keep, gone = record(), record()
-    (gone.folder / "adapter").mkdir()
-    runs.delete(gone)
-    assert list(registry.iterdir()) == [keep.folder] and [r.id for r in runs.find()] == [keep.id]
-    with pytest.raises(FileNotFoundError):
-        runs.delete(gone)
-
-
-def test_a_run_that_still_runs_is_not_deleted():
-    with runs.start("sft") as run, pytest.raises(ValueError, match=f"run {run.id} is still running"):
-        runs.delete(run)
-    runs.delete(run)
 
 
 @pytest.mark.parametrize(

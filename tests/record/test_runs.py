@@ -157,7 +157,7 @@ def test_a_killed_run_is_lost():
     process.communicate()
     run = runs.load(name)
     assert run.status == "lost" and run.curve()[0]["loss"] == 1.0
-    assert runs.latest(method="grpo") is None and runs.latest(status="lost").id == name
+    assert runs.find(method="grpo", status="done") == [] and runs.find(status="lost")[0].id == name
     assert raw(run)["status"] == "running"  # reading changes nothing
 
 
@@ -268,7 +268,7 @@ def test_a_field_of_a_wrong_kind_breaks_that_run_and_no_other(registry, change):
     with pytest.warns(UserWarning, match=f"skipped broken run.*{other.id}.*run.json is broken"):
         assert [r.id for r in runs.find()] == [run.id]
     with pytest.warns(UserWarning):
-        assert runs.latest(rank=8).id == run.id
+        assert runs.find(rank=8)[0].id == run.id
     with pytest.warns(UserWarning):
         assert len(runs.table()) == 1
     with pytest.raises(ValueError, match=r"run\.json is broken: "):
@@ -320,7 +320,7 @@ def test_a_broken_line_is_skipped_with_a_warning():
 # --- reading it back -----------------------------------------------------------------------------
 
 
-def test_find_and_latest():
+def test_find():
     for seed, rate in ((0, 1e-3), (1, 1e-3), (0, 5e-3)):
         with runs.start("grpo", seed=seed, config={"rate": rate, "lora": Settings(rank=4)}) as run:
             run.finish(strict=rate * 100)
@@ -330,10 +330,10 @@ def test_find_and_latest():
     assert [r.seed for r in runs.find(rate=1e-3)] == [1, 0]
     assert len(runs.find(**{"lora.rank": 4}, seed=0)) == 2
     assert len(runs.find(lora=Settings(rank=4))) == 3
-    assert runs.find(method="dpo") == [] and runs.latest(method="dpo") is None
-    assert runs.latest().id == run.id and runs.latest(status=None).id == bad.id
-    assert runs.latest(strict=0.1, seed=1).config["rate"] == 1e-3
-    assert runs.latest().adapter == run.folder / "adapter"
+    assert runs.find(method="dpo") == []
+    assert runs.find(status="done")[0].id == run.id and runs.find()[0].id == bad.id
+    assert runs.find(strict=0.1, seed=1)[0].config["rate"] == 1e-3
+    assert runs.find(status="done")[0].adapter == run.folder / "adapter"
     assert repr(run) == f"<Run {run.id}: done, {run.seconds:.1f} s>"
 
 

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.text import Text
 
-from rlnb.show import plots
+from rlnb.show import drawing, plots
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def test_kinds_are_rows_and_reports_colours(figures):
     (ax,) = figures["by kind"].axes
     assert [label.get_text() for label in ax.get_yticklabels()] == [f"kind {i}" for i in range(12)]
     dots = [line for line in ax.lines if line.get_marker() == "o"]
-    assert len(dots) == 36 and {dot.get_color() for dot in dots} == set(plots.COLOURS[:3])
+    assert len(dots) == 36 and {dot.get_color() for dot in dots} == set(drawing.COLOURS[:3])
 
 
 def test_passk_takes_tuples_objects_and_the_keys_of_json(figures):

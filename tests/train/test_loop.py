@@ -85,7 +85,7 @@ def test_a_screen_sees_each_step_and_can_stop_the_training(make):
     short = Seen(stop_at=1)  # it ends after the step that follows
     with progress.on(short), pytest.raises(progress.Stopped, match="stopped at step 2 of 3"):
         fit("sft", make(), ROWS, problems=())
-    stopped = runs.latest(status="interrupted")
+    stopped = runs.find(status="interrupted")[0]
     assert short.steps == [1, 2] and stopped.adapter.is_dir()
 
 
@@ -99,7 +99,7 @@ def test_an_interrupted_training_keeps_its_adapter_and_a_failed_one_does_not(mak
         trainer = make(callbacks=[Break()])
         with pytest.raises(type(error)):
             fit("sft", trainer, ROWS, problems=())
-        run = runs.latest(status=status)
+        run = runs.find(status=status)[0]
         assert run.adapter.is_dir() == (status == "interrupted")
         if status == "interrupted":
             again, _ = load_model(base, run.adapter)

@@ -27,7 +27,7 @@ def test_grpo_starts_from_the_usual_sft_run_and_from_no_other():
     usual = train("sft")
     slow = train("sft", learning_rate=1e-5)
     other = train("sft", data=shapes.prompt_completion(problems.load("demonstrations")[:16]))
-    assert runs.latest(method="sft").id == other.id
+    assert runs.find(method="sft")[0].id == other.id
     assert find_or_train_sft(0).id == usual.id and find("sft", learning_rate=1e-5).id == slow.id
     run = train("grpo")
     assert run.parent == usual.id and run.status == "done" and run.adapter.is_dir()
