@@ -69,6 +69,13 @@ class Run:
         return self.folder / "adapter"
 
     @property
+    def checkpoint(self) -> Path | None:
+        """The folder of the newest complete checkpoint, for `fit(..., resume=run)`; None without one."""
+        steps = {int(file.parent.name.rpartition("-")[2]): file.parent
+                 for file in self.folder.glob("checkpoint-*/trainer_state.json")}  # fmt: skip
+        return steps[max(steps)] if steps else None
+
+    @property
     def train_seconds(self) -> float | None:
         """What `timer("train")` measured, None if it was not used."""
         return self.timers.get("train")
@@ -152,11 +159,34 @@ def start(
         profile=profiles.profile(), seed=seed, labels=labels, config=jsonable({} if config is None else config),
         versions=machine.versions(), machine=machine.describe(), process=machine.process(),
     )  # fmt: skip
+    with _live(run):
+        yield run
+
+
+@contextmanager
+def go_on(run: Run, step: int) -> Iterator[Run]:
+    """A run that ended early goes on after this step: what it logged later is dropped. Else as ``start``.
+
+    Raises ValueError for a run that still runs.
+    """
+    if load(run.id).status == "running":
+        raise ValueError(f"run {run.id} still runs in process {run.process.get('pid')}: stop it first")
+    rows = [row for row in run.curve() if row.get("step", 0) <= step]
+    files.write(run.folder / "curve.jsonl", "".join(json.dumps(jsonable(row)) + "\n" for row in rows))
+    spent = max((row.get("seconds", 0.0) for row in rows), default=0.0)
+    run.status, run.error, run.process, run.timers = "running", None, machine.process(), {"train": spent}
+    with _live(run, spent):
+        yield run
+
+
+@contextmanager
+def _live(run: Run, spent: float = 0.0) -> Iterator[None]:
+    """Times a run, and records how it ended. spent: seconds before."""
     machine.reset_peak_memory()
-    run._began = time.perf_counter()
+    run._began = time.perf_counter() - spent
     run._save()
     try:
-        yield run
+        yield
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         if stopped and run.on_interrupt:

@@ -8,15 +8,19 @@ experiments all call.
 import hashlib
 import inspect
 import json
+import shutil
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from rlnb import machine
 from rlnb.measure import evaluate
-from rlnb.model.folders import base_name, save_adapter
+from rlnb.model.folders import base_name, load_weights, save_adapter
 from rlnb.record import progress, runs
 from rlnb.record.values import jsonable, number
 from rlnb.task.problems import Problem
@@ -28,6 +32,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 TRIM = 0.5  # seconds: how often at most a training gives freed memory back
+SAVE = 60.0  # seconds between checkpoints
 # What transformers' own arguments say of learning; the others are about folders, logs and devices.
 SHARED = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size",
           "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay",
@@ -37,6 +42,7 @@ SHARED = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_ba
 def fit(
     method: str, trainer: Trainer, data: Any = None, *, start: runs.Run | str | Path | None = None,
     before: evaluate.Report | None = None, problems: Sequence[Problem] | None = None, check: bool = True,
+    resume: runs.Run | str | None = None,
 ) -> runs.Run:  # fmt: skip
     """Check, train, save the adapter, measure, and keep a record of it all. Returns the run, done.
 
@@ -45,31 +51,28 @@ def fit(
     start: what its adapter came from; None: the base. before: the start's report, for the record.
     problems: to measure greedy answers on, default ``evaluate.held_out()``; () measures nothing. The
         report is in ``run.report``. check: False trains even what the checks refuse, to see why they do.
+    resume: a run of the same settings and data that ended early, or its id: goes on from its newest
+        checkpoint. One is written about every minute, and deleted when the run is done.
 
     Raises ValueError before anything is spent for what ``preflight.check`` finds, RewardError for a
-    reward that is no number. Ctrl-C keeps what was learnt.
+    reward that is no number. Ctrl-C, and what else asks the process to end, keeps what was learnt.
     """
     # 1. check
     if check:
         preflight.check(trainer, data)
     _guard_rewards(trainer)
     # 2. train
-    model = trainer.model
+    model, checkpoint = trainer.model, None
     data = trainer.train_dataset if data is None else data
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    with runs.start(
-        method, model=base_name(base.name_or_path), config=settings(trainer, data), seed=trainer.args.seed,
-        labels=0 if preflight.samples(trainer) else len(data),
-        parent=start if start is None or isinstance(start, runs.Run) else str(start),
-    ) as run:  # fmt: skip
-        trainer.args.output_dir = str(run.folder)
+    asked = _asked(method, trainer, data, start)
+    if resume is None:
+        _offer(asked)
+        record = runs.start(**asked, labels=0 if preflight.samples(trainer) else len(data))
+    else:
+        record, checkpoint = _resumed(asked, resume)
+    with record as run:
         run.on_interrupt = lambda: _save(model, run)
-        trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
-        recorder = Recorder(run)
-        trainer.add_callback(recorder)
-        with run.timer("train"):
-            trainer.train()
-        trainer.remove_callback(recorder)
+        _train(trainer, run, checkpoint)
         # 3. save
         _save(model, run)
         # 4. measure
@@ -79,6 +82,79 @@ def fit(
             started = {} if before is None else {"start": before.summary()}
             run.finish(**run.report.summary(), **started)
     return run
+
+
+def _train(trainer: Trainer, run: runs.Run, checkpoint: Path | None) -> None:
+    trainer.args.output_dir, trainer.args.save_total_limit = str(run.folder), trainer.args.save_total_limit or 1
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+    recorder = Recorder(run)
+    trainer.add_callback(recorder)
+    if checkpoint and hasattr(trainer.model, "peft_config"):
+        # transformers 5.17 reads the adapters in folders below a checkpoint, such as DPO's "ref", and then leaves
+        # out the policy's own, which lies in the checkpoint itself.
+        load_weights(trainer.model, checkpoint, "default", trainable=True)
+    with run.timer("train"), _ended_by_signals():
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    trainer.remove_callback(recorder)
+    if trainer.args.save_strategy == "no":  # else somebody asked for them
+        for folder in run.folder.glob("checkpoint-*"):
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """What asks a process to end (a scheduler's SIGTERM, a terminal's SIGHUP) acts as Ctrl-C does."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():  # only there can it be set
+        names = []
+    before = {name: signal.signal(getattr(signal, name), stop) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+
+def _asked(method: str, trainer: Trainer, data: Any, start: Any) -> dict[str, Any]:
+    """What a run is known by, as ``runs.start`` takes it."""
+    model = trainer.model
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    return dict(
+        method=method, model=base_name(base.name_or_path), config=jsonable(settings(trainer, data)),
+        seed=trainer.args.seed, parent=start.id if isinstance(start, runs.Run) else start and str(start),
+    )  # fmt: skip
+
+
+def _differs(run: runs.Run, asked: dict[str, Any]) -> str:
+    """The first thing in which a run is another one; "" where it is the same."""
+    mine = asked | asked["config"]
+    return next((f"{name} is {value!r:.60} here and {run.get(name)!r:.60} in {run.id}" for name, value in mine.items()
+                 if name != "config" and run.get(name) != value), "")  # fmt: skip
+
+
+def _offer(asked: dict[str, Any]) -> None:
+    """Say so if the same training once ended early and left a checkpoint."""
+    for run in runs.find(method=asked["method"], model=asked["model"], seed=asked["seed"]):
+        if run.status in ("lost", "interrupted", "failed") and run.checkpoint and not _differs(run, asked):
+            step = run.checkpoint.name.rpartition("-")[2]
+            print(f"Run {run.id} ended early: fit(..., resume={run.id!r}) goes on from its step {step}.")
+            return
+
+
+def _resumed(asked: dict[str, Any], run: runs.Run | str) -> tuple[AbstractContextManager, Path]:
+    run = runs.load(run) if isinstance(run, str) else run
+    if run.checkpoint is None:
+        raise ValueError(f"run {run.id} is {run.status} and has no checkpoint to go on from: train anew")
+    if other := _differs(run, asked):
+        raise ValueError(f"this is not the training that {run.id} began: {other}")
+    return runs.go_on(run, int(run.checkpoint.name.rpartition("-")[2])), run.checkpoint
 
 
 def _guard_rewards(trainer: Trainer) -> None:
@@ -126,11 +202,11 @@ class Recorder(TrainerCallback):
 
     def __init__(self, run: runs.Run):
         self.run, self.screen = run, progress.current_screen()
-        self.rows: list[Mapping[str, float]] = []
-        self.began = self.trimmed = time.perf_counter()
+        self.rows = [row for row in run.curve() if progress.metrics(row)]  # of a run that goes on
+        self.began = self.trimmed = self.saved = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.began = time.perf_counter()
+        self.began = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
         self.screen.begin(state.max_steps)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -147,7 +223,10 @@ class Recorder(TrainerCallback):
         if time.perf_counter() - self.trimmed > TRIM:  # else a run's memory grows step by step
             machine.trim()
             self.trimmed = time.perf_counter()
+        if time.perf_counter() - self.saved > SAVE:
+            control.should_save, self.saved = True, time.perf_counter()
         control.should_training_stop |= self.screen.stopping
+        control.should_save |= self.screen.stopping
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:

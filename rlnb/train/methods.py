@@ -62,13 +62,13 @@ FROM_BASE = ("sft", "reward_model")  # always
 def train(
     method: str, seed: int = 0, *, start: Start | None = None, data: Dataset | None = None, reward: Any = None,
     lora: LoRA | None = None, problems: Sequence[task.Problem] | None = None, max_lora_rank: int = 64,
-    callbacks: Sequence[Any] = (), check: bool = True, **settings: Any,
+    callbacks: Sequence[Any] = (), check: bool = True, resume: runs.Run | str | None = None, **settings: Any,
 ) -> runs.Run:  # fmt: skip
     """One run of a method, done, with its adapter saved and its held-out result in it.
 
     start: "base", "sft" (the usual SFT run of this seed, or one made now), a run, or an adapter's folder.
     data: what to learn from. reward: for PPO, RLOO and GRPO, what their trainers take as reward_funcs.
-    lora: of a new adapter; a saved one keeps its own. problems, check: see ``fit``.
+    lora: of a new adapter; a saved one keeps its own. problems, check, resume: see ``fit``.
     settings: arguments of the method's config class in place of the recipe's, as beta=1.0.
 
     Raises ValueError for an unknown method or empty data, TypeError for a setting that there is not.
@@ -90,10 +90,10 @@ def train(
         model=model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=list(callbacks), **more
     )
     if method != "reward_model":
-        return fit(method, trainer, data, start=start, problems=problems, check=check)
+        return fit(method, trainer, data, start=start, problems=problems, check=check, resume=resume)
     from rlnb.measure.judge import judge_pairs
 
-    run = fit(method, trainer, data, problems=(), check=check)
+    run = fit(method, trainer, data, problems=(), check=check, resume=resume)
     unseen = judge_pairs(model, tokenizer, gold_pairs(held_out=True, seed=seed))
     run.finish(pair_accuracy=unseen.accuracy, pair_loss=unseen.loss)
     return run
