@@ -17,6 +17,7 @@ from typing import Any
 from rlnb.record import runs
 
 MIN_LOGS = 6  # fewer show no trend
+APART = 0.02  # nats: at step 1 the policy is its reference, and what differs is rounding
 Saw = Iterator[tuple[str, str]]
 
 
@@ -133,6 +134,10 @@ def _policy(curve: Curve) -> Saw:
         if bad := [name for name, v in watched.items() if isinstance(v, float) and not math.isfinite(v)]:
             yield "not a number", f"{', '.join(bad)} at step {row.get('step', '?')}"
             break
+    first = next((row for row in curve.rows if row.get("step") == 1 and "nll_loss" not in row), {})  # ORPO has none
+    apart = {name: first[name] for name in ("kl", "rewards/chosen", "rewards/rejected") if first.get(name)}
+    if off := [f"{name} {v:.2g}" for name, v in apart.items() if isinstance(v, float) and abs(v) > APART]:
+        yield "another reference", f"{', '.join(off)} at step 1, before anything was learnt"
     (start, reward), (before, entropy) = curve.ends("reward"), curve.ends("entropy")
     silent, spread = curve.ends("frac_reward_zero_std")[1], curve.ends("reward_std")[1]
     cut, length = curve.ends("completions/clipped_ratio")[1], curve.ends("completions/mean_length")[1]
@@ -202,6 +207,8 @@ SYMPTOMS = {  # name: level, what it means, what to do
         f"Look for rows without a token of completion (max_length), and for fp16 that overflows. {COOLER}"),
     "nothing moved": ("problem", "The model is what it was before.", "See that the adapter trains (trainable), that "
         "rewards or sides differ, that max_length leaves completions, and that the learning rate is above 0."),
+    "another reference": ("problem", "The policy was not what it is measured from when training began.",
+        "Start from the adapter that the reference has, and leave adapters alone once the trainer is made."),
     "worse than before": ("problem", "It has unlearnt more than it has learnt, or it is paid for something else.",
         f"Read completions. {COOLER} Or fewer steps, a higher beta, pairs that the model itself wrote."),
     "silent groups": ("problem", "All completions of a prompt get the same reward: every advantage is 0.",

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ from rlnb.record.values import jsonable, number, read_rows
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+ROOM = 50_000_000  # bytes that have to be free for a run
 SCHEMA = 1  # of run.json; a reader skips what it does not know
 COLUMNS = ("id", "method", "model", "status", "seed", "labels", "seconds", "train_seconds", "peak_memory_mb")
 
@@ -71,9 +73,8 @@ class Run:
     @property
     def checkpoint(self) -> Path | None:
         """The folder of the newest complete checkpoint, for `fit(..., resume=run)`; None without one."""
-        steps = {int(file.parent.name.rpartition("-")[2]): file.parent
-                 for file in self.folder.glob("checkpoint-*/trainer_state.json")}  # fmt: skip
-        return steps[max(steps)] if steps else None
+        complete = [file.parent for file in self.folder.glob("checkpoint-*/trainer_state.json")]  # its last file
+        return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
     @property
     def train_seconds(self) -> float | None:
@@ -173,8 +174,8 @@ def go_on(run: Run, step: int) -> Iterator[Run]:
         raise ValueError(f"run {run.id} still runs in process {run.process.get('pid')}: stop it first")
     rows = [row for row in run.curve() if row.get("step", 0) <= step]
     files.write(run.folder / "curve.jsonl", "".join(json.dumps(jsonable(row)) + "\n" for row in rows))
-    spent = max((row.get("seconds", 0.0) for row in rows), default=0.0)
-    run.status, run.error, run.process, run.timers = "running", None, machine.process(), {"train": spent}
+    run.status, run.error, run.process = "running", None, machine.process()
+    run.timers["train"] = spent = max((row.get("seconds", 0.0) for row in rows), default=0.0)
     with _live(run, spent):
         yield run
 
@@ -211,13 +212,18 @@ def this_notebook() -> str | None:
 
 
 def _new_folder(name: str) -> Path:
-    """A folder for this run alone. Without a run.json it is no run yet."""
+    """A folder for this run alone. Without a run.json it is no run yet. OSError where nothing can be kept."""
     place = root() / ".others" if int(os.environ.get("RANK", "0")) else root()
-    for folder in itertools.chain([place / name], (place / f"{name}-{n}" for n in itertools.count(2))):
-        with suppress(FileExistsError):  # another run of this second
-            folder.mkdir(parents=True)
-            break
-    return folder
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(place).free) < ROOM:
+            raise OSError(f"{free:,} bytes are free, and {ROOM:,} are needed")
+        for folder in itertools.chain([place / name], (place / f"{name}-{n}" for n in itertools.count(2))):
+            with suppress(FileExistsError):  # another run of this second
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise OSError(f"no run can be kept in {place}: {error}. Make room there, or set RLNB_RUNS") from error
 
 
 def _read(folder: Path) -> Run:

@@ -11,7 +11,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-SECRET = re.compile(r"(^|hub_|hf_|api_|access_|auth_)token$|api_key$|password$|secret$")
+# Names of credentials; "num_tokens" and "eos_token" are none.
+SECRET = re.compile(
+    r"(^|hub|hf|api|access|auth|bearer|refresh|session|wandb|github|secret)_?token$|(api|access|private|secret)_?key(_id)?$"
+    r"|passw(or)?d$|passphrase$|secret$|credentials?$|authorization$|bearer$|cookie$", re.IGNORECASE
+)
 
 
 def jsonable(value: Any) -> Any:

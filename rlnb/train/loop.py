@@ -10,6 +10,7 @@ import inspect
 import json
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from rlnb.model.folders import base_name, load_weights, save_adapter
 from rlnb.record import progress, runs
 from rlnb.record.values import jsonable, number
 from rlnb.task.problems import Problem
-from rlnb.task.rewards import checked
+from rlnb.task.rewards import RewardError, checked
 from rlnb.train import preflight
 
 import torch
@@ -33,6 +34,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 TRIM = 0.5  # seconds: how often at most a training gives freed memory back
 SAVE = 60.0  # seconds between checkpoints
+ALL_CUT = 10  # steps in a row without one completion that ended, after which a training is given up
 # What transformers' own arguments say of learning; the others are about folders, logs and devices.
 SHARED = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size",
           "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay",
@@ -163,6 +165,17 @@ def _guard_rewards(trainer: Trainer) -> None:
     for i, reward in enumerate(rewards):
         if not isinstance(reward, torch.nn.Module) and not inspect.iscoroutinefunction(reward):
             rewards[i] = checked(reward)
+    calculate = getattr(trainer, "_calculate_rewards", None)  # TRL's, which takes None from all of them for a 0
+
+    def judged(inputs: list, prompts: list, completions: list, *rest: Any) -> torch.Tensor:
+        found = calculate(inputs, prompts, completions, *rest)  # (rows, functions), NaN for None
+        if unjudged := found.isnan().all(1).nonzero().flatten().tolist():
+            text = f"{completions[unjudged[0] % len(completions)]!r:.60}"
+            raise RewardError(f"no reward judged the completion {text}: each returned None. Let one of them judge all")
+        return found
+
+    if calculate:
+        trainer._calculate_rewards = judged
 
 
 def settings(trainer: Trainer, data: Any) -> dict[str, Any]:
@@ -191,10 +204,14 @@ def fingerprint(data: Any) -> str | None:
 
 
 def _save(model: Any, run: runs.Run) -> None:
-    if hasattr(model, "peft_config"):
-        save_adapter(model, run.adapter)
-    else:
-        model.save_pretrained(run.folder / "model")
+    """Save what was learnt in the run's folder, or where there is room if that has none."""
+    save = save_adapter if hasattr(model, "peft_config") else type(model).save_pretrained
+    try:
+        save(model, run.adapter if save is save_adapter else run.folder / "model")
+    except OSError as error:
+        spare = Path(tempfile.mkdtemp(prefix=f"rlnb-{run.id}-"), "adapter")
+        save(model, spare)
+        raise OSError(f"{run.folder} took no files ({error}): what was learnt is in {spare}") from error
 
 
 class Recorder(TrainerCallback):
@@ -203,6 +220,7 @@ class Recorder(TrainerCallback):
     def __init__(self, run: runs.Run):
         self.run, self.screen = run, progress.current_screen()
         self.rows = [row for row in run.curve() if progress.metrics(row)]  # of a run that goes on
+        self.cut = 0  # steps in a row whose completions were all cut off
         self.began = self.trimmed = self.saved = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -214,6 +232,13 @@ class Recorder(TrainerCallback):
             return
         numbers = {k: plain for k, v in (logs or {}).items() if (plain := number(v)) is not None}
         self.run.log(state.global_step, **numbers)
+        self.cut = self.cut + 1 if numbers.get("completions/clipped_ratio") == 1 else 0
+        if self.cut == ALL_CUT:
+            raise ValueError(
+                f"all completions of {ALL_CUT} steps were cut off at max_completion_length, at "
+                f"{numbers.get('completions/mean_length', 0):.0f} tokens: rewards judge half an answer. Raise it, or "
+                "teach the model to end first, with SFT"
+            )
         if progress.metrics(numbers):
             spent = time.perf_counter() - self.began
             self.rows.append({"step": state.global_step, "seconds": spent, **numbers})

@@ -21,6 +21,8 @@ import torch
 PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 ERROR = 0.25  # of a predicted peak, up or down: how far rlnb.model.memory may be off
 MIXED = 0.5  # of the batches with both labels that shuffled rows would have
+LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_generations": 2, "temperature": 1e-6,
+         "max_completion_length": 1, "max_length": 1, "beta": 0.0, "learning_rate": 1e-12}  # fmt: skip
 # The best rate for LoRA on Llama models is said to be 10 x 5e-5 x (2000 / width)^0.781 (documentation
 # of Tinker, 2025): 2.5e-3 for the practice model, which takes 2e-3. A tenth of it for whole models,
 # and a tenth for DPO and KTO, which only nudge. Three times that broke most methods of this workbook.
@@ -108,6 +110,14 @@ def _adapter(t: _Checked) -> None:
 
 def _settings(t: _Checked) -> None:
     tokenizer, rate = t.trainer.processing_class, t.args.learning_rate
+    for name, least in LEAST.items():
+        value = getattr(t.args, name, None)
+        if isinstance(value, int | float) and not least <= value < np.inf:
+            t.wrong.append(f"{name} is {value!r}: it must be at least {least:g}")
+    if t.args.max_steps < 1 and (t.args.max_steps != -1 or not 0 < t.args.num_train_epochs < np.inf):
+        t.wrong.append(f"max_steps is {t.args.max_steps}: give 1 or more, or -1 and num_train_epochs above 0")
+    if bad := next((n for n, p in t.model.named_parameters() if not p.isfinite().all()), None):
+        t.wrong.append(f"the weight {bad} holds NaN or infinity: what it was loaded from is broken")
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         end = tokenizer.eos_token
         t.odd.append(f"{end} ends and pads: where padding is masked, no end is learnt. Pad with another")

@@ -190,3 +190,11 @@ def test_runs_that_did_not_end_by_themselves():
     code = "import os; from rlnb.record import runs; run = runs.start('sft'); run.__enter__(); os._exit(1)"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     assert diagnose.run(runs.find(status="lost")[0])[0].saw.startswith("lost")
+
+
+def test_a_reference_that_is_not_where_the_policy_began():
+    log = [{"step": s + 1} | row for s, row in enumerate(rows(KTO))]
+    assert found(log) == {}
+    log[0] |= {"rewards/chosen": -0.3, "kl": 0.0}
+    assert found(log) == {"another reference": "rewards/chosen -0.3 at step 1, before anything was learnt"}
+    assert "another reference" not in found(log[1:])  # somebody logs seldom

@@ -11,6 +11,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -386,3 +387,14 @@ def test_the_root_is_absolute_whatever_is_given(monkeypatch, tmp_path):
 def test_importing_it_is_light():
     code = "import sys; print(*{'torch', 'transformers', 'numpy', 'pandas', 'psutil'} & set(sys.modules))"
     assert python(code).communicate()[0].strip() == ""
+
+
+def test_a_registry_that_cannot_be_written_says_so_at_the_start(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RLNB_RUNS", str(tmp_path / "file" / "runs"))
+    with pytest.raises(OSError, match=r"no run can be kept in .*set RLNB_RUNS"), runs.start("sft"):
+        pass
+    monkeypatch.setenv("RLNB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match="1,000 bytes are free, and 50,000,000 are needed"), runs.start("sft"):
+        pass

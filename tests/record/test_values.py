@@ -12,6 +12,11 @@ import torch
 
 from rlnb.record.values import jsonable, number
 
+SECRETS = ("token", "HF_TOKEN", "hub_token", "access_token", "auth_token", "api_key", "apikey", "OPENAI_API_KEY",
+           "aws_secret_access_key", "aws_access_key_id", "private_key", "password", "db_passwd", "passphrase",
+           "client_secret", "credentials", "Authorization", "cookie", "github_token", "wandb_token")  # fmt: skip
+PUBLIC = ("eos_token", "pad_token", "num_tokens", "max_new_tokens", "tokenizer", "keys", "key", "secretary")
+
 
 class Colour(Enum):
     RED = "red"
@@ -36,6 +41,8 @@ class Settings:
         (torch.bfloat16, "torch.bfloat16"),
         ({"hub_token": "abc", "eos_token": "</s>"}, {"hub_token": "<hidden>", "eos_token": "</s>"}),
         ({"hub_token": None}, {"hub_token": None}),
+        (dict.fromkeys(SECRETS, "abc"), dict.fromkeys(SECRETS, "<hidden>")),
+        (dict.fromkeys(PUBLIC, "abc"), dict.fromkeys(PUBLIC, "abc")),
         ([{"token": "a"}, {"hf_token": "b"}], [{"token": "<hidden>"}, {"hf_token": "<hidden>"}]),
         ({"max_tokens": 8, "data": {"key": "c"}}, {"max_tokens": 8, "data": {"key": "c"}}),
     ],

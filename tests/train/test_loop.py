@@ -1,13 +1,18 @@
 """The one loop: what it records is what was used, a stop keeps what was learnt, a screen sees every step."""
 
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
 
 from rlnb.model import LoRA, load_model
 from rlnb.record import progress, runs
-from rlnb.train import fit
-from rlnb.train.loop import fingerprint, settings
+from rlnb.task.rewards import RewardError
+from rlnb.train import fit, loop, train
+from rlnb.train.loop import ALL_CUT, Recorder, fingerprint, settings
 
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -120,3 +125,43 @@ def test_what_cannot_teach_is_refused_unless_it_is_asked_for(make):
     run = fit("sft", frozen(), ROWS, problems=(), check=False)
     losses = [row["loss"] for row in run.curve() if "loss" in row]
     assert run.status == "done" and len(set(losses)) == 1  # and nothing was learnt
+
+
+def test_a_training_whose_completions_are_all_cut_off_is_given_up(make):
+    with runs.start("grpo") as run:
+        recorder, state = Recorder(run), SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=99)
+        for ratio in [1.0] * (ALL_CUT - 1) + [0.9] + [1.0] * (ALL_CUT - 1):
+            recorder.on_log(None, state, None, {"reward": 0.0, "completions/clipped_ratio": ratio})
+        with pytest.raises(ValueError, match="cut off at max_completion_length, at 64 tokens"):
+            logs = {"reward": 0.0, "completions/clipped_ratio": 1.0, "completions/mean_length": 64.0}
+            recorder.on_log(None, state, None, logs)
+
+
+def test_an_adapter_for_which_there_is_no_room_is_saved_elsewhere(make, monkeypatch, base):
+    def full(model, folder, save=loop.save_adapter):
+        if folder == runs.find()[0].adapter:
+            raise OSError(28, "No space left on device")
+        return save(model, folder)
+
+    monkeypatch.setattr(loop, "save_adapter", full)
+    with pytest.raises(OSError, match=r"No space left on device.*: what was learnt is in ") as error:
+        fit("sft", make(), ROWS, problems=())
+    place = Path(str(error.value).rpartition(" ")[2])
+    load_model(base, place)
+    assert runs.find()[0].status == "failed"
+    shutil.rmtree(place.parent)
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_a_completion_that_no_reward_judges_stops_the_training(method, base, monkeypatch):
+    monkeypatch.setenv("RLNB_PROFILE", "smoke")
+
+    def half(completions, **_):
+        return [1.0 if i % 2 else None for i in range(len(completions))]
+
+    def other(completions, **_):
+        return [0.0 if i % 4 else None for i in range(len(completions))]
+
+    with pytest.raises(RewardError, match=r"no reward judged the completion .*each returned None"):
+        train(method, start="base", reward=[half, other], problems=())
+    assert runs.find()[0].status == "failed"

@@ -253,3 +253,27 @@ def test_all_that_cannot_work_is_said_at_once(make):
     trainer.model.requires_grad_(False)
     words = refused(trainer)
     assert words.startswith("before training: ") and words.count("\nand: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "words"),
+    [
+        ("sft", {"max_steps": 0}, "max_steps is 0: give 1 or more"),
+        ("sft", {"max_steps": -5}, "max_steps is -5"),
+        ("dpo", {"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs above 0"),
+        ("sft", {"learning_rate": 0.0}, "learning_rate is 0.0: it must be at least"),
+        ("sft", {"learning_rate": float("nan")}, "learning_rate is nan"),
+        ("dpo", {"learning_rate": -1e-4}, "learning_rate is -0.0001"),
+        ("dpo", {"beta": -0.1}, "beta is -0.1: it must be at least 0"),
+        ("orpo", {"beta": float("inf")}, "beta is inf"),
+        ("sft", {"max_length": 0}, "max_length is 0: it must be at least 1"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_teach_are_refused(make, kind, given, words):
+    assert words in refused(make(kind, **given))
+
+
+def test_a_parameter_that_is_no_number_is_refused(make):
+    trainer = make("sft")
+    next(p for n, p in trainer.model.named_parameters() if "lora_A" in n).data[0, 0] = float("nan")
+    assert "lora_A.default.weight holds NaN or infinity" in refused(trainer)
