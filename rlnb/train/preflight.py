@@ -36,7 +36,7 @@ def check(trainer: Any, data: Any = None) -> None:
     data: the data set as it was given to the trainer, to count the rows that it has left out.
     """
     checked = _Checked(trainer)
-    for look in (_adapter, _settings, _labels, _rewards, _room):
+    for look in (_adapter, _settings, _labels, _rewards, _room, _sampler):
         look(checked)
     _rows(checked, data)
     if checked.wrong:
@@ -219,6 +219,24 @@ def _room(t: _Checked) -> None:
             f"a batch of {size} x {t.longest} tokens takes about {need / memory.MB:,.0f} MB more, and "
             f"{free / memory.MB:,.0f} MB are free: halve per_device_train_batch_size and double "
             "gradient_accumulation_steps, or set gradient_checkpointing=True"
+        )
+
+
+def _sampler(t: _Checked) -> None:
+    """What samples has to be the policy: an engine may hold the base without the adapter, or an older one."""
+    if not samples(t.trainer) or not t.rows or t.wrong:
+        return
+    tokenizer, prompt = t.trainer.processing_class, t.rows["prompt"][:1]
+    found = sampling.sample(t.model, tokenizer, prompt, max_new_tokens=8, temperature=0, progress=False)
+    (prompt_ids,), ((sampled,),) = sampling.tokenize(tokenizer, prompt), found.ids
+    with sampling.inference(t.model) as module:
+        logits = module(input_ids=torch.tensor([prompt_ids + sampled], device=t.model.device)).logits[0]
+    likeliest = logits[len(prompt_ids) - 1 : -1].argmax(-1).tolist()
+    same = sum(a == b for a, b in zip(likeliest, sampled, strict=True))
+    if same <= len(sampled) / 2:
+        t.wrong.append(
+            f"what samples is not the policy: of {len(sampled)} greedy tokens {same} are what the model itself finds "
+            "likeliest. Make the trainer from the model that load_model returned, and leave its adapters alone"
         )
 
 

@@ -277,3 +277,15 @@ def test_a_parameter_that_is_no_number_is_refused(make):
     trainer = make("sft")
     next(p for n, p in trainer.model.named_parameters() if "lora_A" in n).data[0, 0] = float("nan")
     assert "lora_A.default.weight holds NaN or infinity" in refused(trainer)
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_a_sampler_that_is_not_the_policy_is_found(make, monkeypatch, kind):
+    """As an engine without the adapter would be: it samples from another model."""
+    trainer, other = make(kind), make(kind).model
+    for name, parameter in other.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=2.0)
+    sample = sampling.sample
+    monkeypatch.setattr(sampling, "sample", lambda model, *a, **k: sample(other, *a, **k))
+    assert "what samples is not the policy" in refused(trainer)
