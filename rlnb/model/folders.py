@@ -3,6 +3,7 @@
 A saved adapter's folder holds PEFT's two files and nothing else, so that other tools read it.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 from peft import PeftModel
 
 DATA = Path(__file__).resolve().parents[2] / "data"
+SAMPLE = 2**20  # bytes at each end of a file of weights
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -33,6 +35,22 @@ def resolve(name: str | os.PathLike[str]) -> str:
     known = ", ".join(sorted(file.parent.name for file in DATA.glob("*/config.json"))) or "none"
     where = f"{path.absolute()} is no folder, and data/ has {known}"
     raise FileNotFoundError(f"there is no model {str(name)!r}: {where}. A model of the hub is named owner/name")
+
+
+def weights(model: str) -> str | None:
+    """Sixteen characters that differ where a model's weights do: of the size, the head and the end of each of
+    its files. None for a model of the hub, whose name says it.
+    """
+    folder = Path(resolve(model))
+    if not folder.is_absolute():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(SAMPLE))
+            opened.seek(max(0, file.stat().st_size - SAMPLE))
+            digest.update(opened.read())
+    return digest.hexdigest()[:16]
 
 
 def base_name(model: str) -> str:

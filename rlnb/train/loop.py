@@ -21,7 +21,7 @@ from typing import Any
 
 from rlnb import machine
 from rlnb.measure import evaluate
-from rlnb.model.folders import base_name, load_weights, save_adapter
+from rlnb.model.folders import base_name, load_weights, save_adapter, weights
 from rlnb.record import progress, runs
 from rlnb.record.values import jsonable, number
 from rlnb.task.problems import Problem
@@ -190,7 +190,9 @@ def settings(trainer: Trainer, data: Any) -> dict[str, Any]:
         targets = adapter.target_modules
         targets = targets if isinstance(targets, str) else sorted(targets)
         found |= {"rank": adapter.r, "alpha": adapter.lora_alpha, "targets": targets}
-    return found | {"data": fingerprint(data)}
+    rewards = getattr(trainer, "reward_func_names", getattr(trainer, "reward_names", None))
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    return found | {"rewards": rewards, "data": fingerprint(data), "weights": weights(base.name_or_path)}
 
 
 def fingerprint(data: Any) -> str | None:

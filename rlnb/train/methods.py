@@ -15,7 +15,7 @@ from typing import Any
 from rlnb.data import annotators, preferences, shapes
 from rlnb.measure import evaluate
 from rlnb.model import LoRA, load_model, sampling
-from rlnb.model.folders import base_name, resolve
+from rlnb.model.folders import base_name, resolve, weights
 from rlnb.profiles import PRACTICE, by, model_name, profile
 from rlnb.record import runs
 from rlnb.record.values import jsonable
@@ -206,19 +206,49 @@ def find(
     start: runs.Run | None = None, **settings: Any,
 ) -> runs.Run | None:  # fmt: skip
     """The latest finished run of this model and profile with the usual settings, or with these in their
-    place, and with its adapter still there. data: what it has to have learnt from, to the row. start: the
-    run that it has to have started from.
+    place, that learnt from the usual rewards and data, or from these, to the row; its adapter is still
+    there. start: the run that it has to have started from.
     """
-    lora = lora or adapter(method.removesuffix("_from_base"))
-    wanted = recipe(method) | settings | {"rank": lora.rank, "alpha": lora.alpha}
-    if data is not None:
-        wanted["data"] = fingerprint(data)
+    method, usual = method.removesuffix("_from_base"), recipe(method)
+    lora = lora or adapter(method)
+    wanted = usual | settings | {"rank": lora.rank, "alpha": lora.alpha, "rewards": _reward_names(method)}
+    wanted |= {"data": fingerprint(default_data(method, seed) if data is None else data)}
+    wanted |= {"weights": weights(model_name())}
+    wanted |= {} if isinstance(lora.targets, str) else {"targets": sorted(lora.targets)}
     found = runs.find(
-        method=method.removesuffix("_from_base"), model=base_name(resolve(model_name())), profile=profile(),
-        seed=seed, status="done", **({"parent": start.id} if start else {}),
+        method=method, model=base_name(resolve(model_name())), profile=profile(), seed=seed, status="done",
+        **({"parent": start.id} if start else {}),
     )  # fmt: skip
     same = (run for run in found if jsonable(wanted) == {key: run.config.get(key) for key in wanted})
     return next((run for run in same if run.adapter.is_dir()), None)
+
+
+def _reward_names(method: str) -> list[str] | None:
+    """Under which a run has the usual rewards in its record."""
+    shipped = REWARD_MODEL.name if model_name() == PRACTICE else "adapter"
+    names = {"grpo": ["correctness", "format_reward"], "rloo": ["reward_model"], "ppo": [shipped]}
+    return names.get(method)
+
+
+def resume(id: str) -> runs.Run:
+    """Goes on with a run of the registry that ended early, in the same settings, from its newest checkpoint.
+
+    Raises ValueError for a run that is done, that has no checkpoint, or that another model, profile, reward or
+    data set than the usual one began: that goes on where it was begun, with ``fit(..., resume=id)``.
+    """
+    run = runs.load(id)
+    if run.status == "done" or run.method not in METHODS:
+        raise ValueError(f"run {id} is {run.status}, of {run.method}: there is nothing to go on with")
+    if (run.model, run.profile) != (here := (base_name(resolve(model_name())), profile())):
+        raise ValueError(f"run {id} is of {run.model} in profile {run.profile}, and here are {here[0]} and {here[1]}: "
+                         "set RLNB_MODEL and RLNB_PROFILE")  # fmt: skip
+    start = run.parent if run.parent is None or "/" in run.parent else runs.load(run.parent)
+    start = None if run.method in FROM_BASE else start or "base"
+    usual = _config(run.method, start or "base", run.seed, None, {})
+    changed = {field.name: run.config[field.name] for field in fields(usual) if field.name in run.config
+               and run.config[field.name] != jsonable(getattr(usual, field.name))}  # fmt: skip
+    lora = replace(adapter(run.method), **{key: run.config[key] for key in ("rank", "alpha") if key in run.config})
+    return train(run.method, run.seed, start=start, lora=lora, resume=run, **changed)
 
 
 def find_or_train_sft(seed: int = 0, rank: int | None = None) -> runs.Run:

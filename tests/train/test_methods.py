@@ -1,19 +1,24 @@
 """Every method on the practice model, in the smoke profile: real runs of two steps."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from rlnb.data import shapes
 from rlnb.measure import evaluate
+from rlnb.model import LoRA, resolve
 from rlnb.record import runs
-from rlnb.task import problems
+from rlnb.task import problems, rewards
 from rlnb.task.rewards import RewardError
 from rlnb.tools.setup import ROOT
 from rlnb.train import methods, recipes
 from rlnb.train.methods import find, find_or_train_sft, gold_pairs, train
+
+from transformers import TrainerCallback
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +48,45 @@ def test_grpo_from_the_base_has_no_parent_and_takes_other_rewards():
     assert run.parent is None
     rows = [row for row in run.curve() if "reward" in row]
     assert all(row["reward"] == 1.0 and row["frac_reward_zero_std"] == 1.0 for row in rows)
+
+
+def test_a_run_is_found_by_what_it_learnt_from(tmp_path, monkeypatch):
+    usual = train("grpo", start="base", max_steps=2)
+    settings = {"max_steps": 2}
+    assert find("grpo", **settings).id == usual.id
+    train("grpo", start="base", reward=[rewards.correctness, rewards.answer_only], **settings)
+    train("grpo", start="base", data=shapes.prompts(problems.load("train")[:100]), **settings)
+    train("grpo", start="base", lora=LoRA(targets=("q_proj", "v_proj")), **settings)
+    assert find("grpo", **settings).id == usual.id and len(runs.find(method="grpo")) == 4
+    other = shutil.copytree(resolve("abacus-3m"), tmp_path / "elsewhere" / "abacus-3m")  # another model of this name
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 0.5
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setenv("RLNB_MODEL", str(other))
+    assert find("grpo", **settings) is None
+
+
+@pytest.mark.parametrize("method", ["dpo", "ppo"])
+def test_the_command_line_goes_on_with_a_run_as_it_was_begun(method):
+    given = dict(max_steps=3, learning_rate=1e-4, save_strategy="steps", save_steps=1)
+    sft = find_or_train_sft(0)
+    with pytest.raises(RuntimeError, match="gone"):
+        train(method, start=sft, callbacks=[BreakAt(2)], **given)
+    broken = runs.find(status="failed")[0]
+    again = methods.resume(broken.id)
+    assert again.id == broken.id and again.status == "done" and again.parent == sft.id
+    assert again.config == broken.config and [r["step"] for r in again.curve() if "loss" in r] == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"is done, of .*: there is nothing to go on with"):
+        methods.resume(broken.id)
+
+
+class BreakAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise RuntimeError("the machine is gone")
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo", "ppo"])
