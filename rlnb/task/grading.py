@@ -15,20 +15,21 @@ TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 MAX_CHARS = 20_000  # a longer completion is wrong by definition: nobody asked for it
 UNITS = {"dozen": 12, "week": 7}  # sizes that a trace may use where the question names the unit
 
+
 # The strict grammar: canonical numbers, single blanks.
 _COUNT = r"(0|[1-9][0-9]{0,11})"
 _EQUATION = re.compile(rf"{_COUNT} ([-+*/]) {_COUNT} = {_COUNT}")
 _FORMAT = re.compile(r"(?s)\s*<reasoning>(.*)</reasoning>\s*<answer>\s*(0|-?[1-9][0-9]{0,11})\s*</answer>\s*")
 
-# A whole number in any style: 1000, 1,000 or 1000.00. It is no part of 10.5 or 1,00.
-_WHOLE = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,3}|[0-9]{1,12})(?:\.0{1,6})?")
-_NUMBER = re.compile(rf"(?<![\d.,])-?{_WHOLE.pattern}(?!\d|[.,]\d)")
+# What looks like a number, and a whole one: 1000, 1,000 or 1000.00, but not 10.5 or 1,00.
+_NUMBER = r"(?<!\d)-?[.,]?\d(?:[\d.,]*\d)?+"
+_WHOLE = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3}){1,3}|[0-9]{1,12})(?:\.0{1,6})?")
+_GIVEN = rf"[\s:=$\\(]{{0,6}}({_NUMBER}(?:[A-Za-z ]{{0,30}}\bor {_NUMBER})?+)"  # 37; "37 or 38" is two numbers
 _MARKS = (  # what announces an answer, the surest first; the answer tags come before them
-    re.compile(r"\\boxed\{([^}]{0,99})"),
-    re.compile(rf"####[ $*]{{0,4}}({_NUMBER.pattern})"),
+    re.compile(r"\\boxed\{([^}]{0,99})"), re.compile("####" + _GIVEN),
     # In "the answer is 12 + 30 = 42" the last number is meant.
-    re.compile(rf"(?i)\banswer(?: is)?[\s:=$*\\(]{{1,8}}({_NUMBER.pattern})(?! ?[-+*/]|[^.;\n]{{0,80}}=)"),
-)
+    re.compile(rf"\b[Aa]nswer(?: is)?{_GIVEN}(?! ?[-+*/]|[^.;\n]{{0,80}}=)"),
+)  # fmt: skip
 
 # Turns other styles into plain equations, in this order. ";" ends an equation, "^" makes it unreadable,
 # "@" is a side that is a name.
@@ -40,7 +41,7 @@ _PLAIN = [(re.compile(pattern, re.MULTILINE), plain) for pattern, plain in (
     (r"\*\*|\\(?:text|textbf|mathrm|mathbf|boxed)\{|\\[\[($,;! ]|[{}$£€&]", " "),
     (r"[^\S\n]+", " "),
     (r"(?<=\w)[-/](?=[A-Za-z])|(?<=[A-Za-z]) ?[-+*/] ?(?=[A-Za-z])", " "),  # a 12-pack, apples + pears
-    (r"(?<=[0-9 ])[xX](?= ?[0-9])", "*"),
+    (r"(?<=[0-9 ])[xX](?= ?[0-9])", "*"), (r"(?<=[0-9]) ?[+*/] ?(?=[A-Za-z])", "^="),  # not: 7 * so 12
     (r"(?<=[0-9])[^\W\d]+(?=[0-9])|\\[A-Za-z]*", "^"),  # 42e3, \sqrt{42}
     (r"[.,](?![0-9])|-(?= ?[A-Za-z])|\b(?:so|and|then|thus|hence|therefore)\b", ";"),
     (r"([-+*/] ?[0-9.,]{1,20}) (?:is|are|equals|gives|makes) (?=[0-9])", r"\1 = "),
@@ -70,8 +71,8 @@ def apply(op: str, left: int, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[op]
 
 
-def _whole(number: str) -> int:
-    return int(number.partition(".")[0].replace(",", ""))
+def _whole(number: str) -> int | None:
+    return int(number.partition(".")[0].replace(",", "")) if _WHOLE.fullmatch(number) else None
 
 
 def parse_answer(text: str) -> int | None:
@@ -79,10 +80,10 @@ def parse_answer(text: str) -> int | None:
     announces, else the last number. Two different announced answers are none: hedging must not pay.
     "1,000" and "7.0" are 1000 and 7; "7.5", "1,00" and "7 or 8" between answer tags are None.
     """
-    text = text.replace("−", "-").replace("–", "-")
+    text = text.replace("−", "-").replace("–", "-").replace("**", " ")
     tagged = [piece.partition("</answer>")[0] for piece in text.split("<answer>")[1:]]
     announced = next(filter(None, (tagged, *(mark.findall(text) for mark in _MARKS))), None)
-    found = map(_NUMBER.findall, announced) if announced else [_NUMBER.findall(text)[-1:]]
+    found = [re.findall(_NUMBER, piece) for piece in announced or re.findall(_NUMBER, text)[-1:]]
     values = {_whole(numbers[0]) if len(numbers) == 1 else None for numbers in found}
     return values.pop() if len(values) == 1 else None
 
@@ -90,7 +91,7 @@ def parse_answer(text: str) -> int | None:
 @lru_cache(maxsize=1024)
 def _known(question: str) -> frozenset[int]:
     """The numbers that a trace may start from: the question's, and the sizes of its units."""
-    numbers = {abs(_whole(number)) for number in _NUMBER.findall(question)}
+    numbers = {abs(_whole(number) or 0) for number in re.findall(_NUMBER, question)}
     return frozenset(numbers | {size for unit, size in UNITS.items() if unit in question})
 
 
@@ -131,9 +132,9 @@ def check_trace(text: str, question: str, answer: int | None) -> bool:
 
 def _value(tokens: list[str], known: set[int], results: set[int]) -> int | None:
     """The value of ``7 * 12 + 30``, 114, while ``results`` gets 84 and 114. None if an operand is not known."""
-    if len(tokens) not in range(1, 50, 2) or not all(map(_WHOLE.fullmatch, tokens[::2])):
-        return None
     numbers, operators = [_whole(number) for number in tokens[::2]], tokens[1::2]
+    if None in numbers or len(numbers) != len(operators) + 1 or len(operators) > 20:
+        return None
     if operators and not known.issuperset(numbers):
         return None
     for signs in ("*/", "+-"):  # the usual precedence
