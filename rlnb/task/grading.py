@@ -35,13 +35,13 @@ _MARKS = (  # what announces an answer, the surest first; the answer tags come b
 # "@" is a side that is a name.
 _PLAIN = [(re.compile(pattern, re.MULTILINE), plain) for pattern, plain in (
     (r"</?(?:reasoning|answer)>|\\[]\\)]", ";"),
-    (r"[−–]", "-"), (r"[×·⋅]|\\times|\\cdot", "*"), (r"÷|\\div", "/"),
-    (r"^[ \t]*[-*•][ \t]+", ""),  # a bullet, not a sign
+    (r"[−–]", "-"), (r"[×·⋅]|\\times|\\cdot", "*"), (r"÷|\\div", "/"), (r"^[ \t]*[-*•][ \t]+", ""),  # a bullet
     (r"([0-9]) ?\*\* ?(?=[0-9])", r"\1^"),  # a power; other double stars are bold type
     (r"\*\*|\\(?:text|textbf|mathrm|mathbf|boxed)\{|\\[\[($,;! ]|[{}$£€&]", " "),
     (r"[^\S\n]+", " "),
     (r"(?<=\w)[-/](?=[A-Za-z])|(?<=[A-Za-z]) ?[-+*/] ?(?=[A-Za-z])", " "),  # a 12-pack, apples + pears
-    (r"(?<=[0-9 ])[xX](?= ?[0-9])", "*"), (r"(?<=[0-9]) ?[+*/] ?(?=[A-Za-z])", "^="),  # not: 7 * so 12
+    (r"(?<=[0-9 ])[xX](?= ?[0-9])", "*"),
+    (r"(?<=[0-9]) ?(?:[+*/] ?(?=[A-Za-z])|-[A-Za-z ]{1,30}=)", "^="),  # 7 * so 12 + 30 = 42; 42 - five = 37
     (r"(?<=[0-9])[^\W\d]+(?=[0-9])|\\[A-Za-z]*", "^"),  # 42e3, \sqrt{42}
     (r"[.,](?![0-9])|-(?= ?[A-Za-z])|\b(?:so|and|then|thus|hence|therefore)\b", ";"),
     (r"([-+*/] ?[0-9.,]{1,20}) (?:is|are|equals|gives|makes) (?=[0-9])", r"\1 = "),

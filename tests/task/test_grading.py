@@ -19,7 +19,7 @@ QUESTION = (
 )
 GOLD = "<reasoning>12 + 30 = 42; 42 - 5 = 37</reasoning><answer>37</answer>"
 DRAWN = [problems.draw(kind, random.Random(f"{kind}-{i}"), larger=i % 4 == 0, new=i % 3 == 0)
-         for kind in problems.KINDS for i in range(24)]  # fmt: skip
+         for kind in problems.KINDS for i in range(12)]  # fmt: skip
 
 
 def strict(text: str) -> bool:
@@ -343,11 +343,10 @@ def test_right_traces_pass_in_every_style(name):
 
 @pytest.mark.parametrize("lead, mark", WRAPS)
 def test_the_styles_of_false_traces_are_no_reason_to_refuse(lead, mark):
-    for problem in DRAWN:
-        for end in ENDS:
-            text = lead + mark.join(problem.trace) + end.format(problem.answer)
-            found = grade(text, problem.question, problem.answer)
-            assert found.correct and found.trace, text
+    for problem, end in zip(DRAWN, ENDS * len(DRAWN), strict=False):
+        text = lead + mark.join(problem.trace) + end.format(problem.answer)
+        found = grade(text, problem.question, problem.answer)
+        assert found.correct and found.trace, text
 
 
 # What is true and right but not in the grammar, and whether it has the format all the same.
@@ -389,6 +388,7 @@ WRONG = [
     "12 + 30 = 42\n42 - 5 = 38", "12 + 30 = 42; 42 - 5 = 37; total = 99", "Total = 37", "37 = 37",
     "Mia + 30 = 42; 42 - 5 = 37", "(12 + 30) * 5 = 162; 12 + 30 = 42; 42 - 5 = 37",
     "12 apples + 30 apples in 5 boxes = 99; 12 + 30 = 42; 42 - 5 = 37", "12 + 30 = 42; 42 - 5 = 37 =",
+    "12 + 30 = 42; 42 - five = 12; 42 - 5 = 37", "5 * so 12 + 30 = 42; 42 - 5 = 37",
 ]  # fmt: skip
 
 
