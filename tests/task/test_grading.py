@@ -32,7 +32,12 @@ def tagged(pieces, answer) -> str:
 
 # --- what is true: a small oracle that shares no line with the grader ------------------------------
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 def value(node: ast.expr, known: set, results: list) -> Fraction:
@@ -42,7 +47,10 @@ def value(node: ast.expr, known: set, results: list) -> Fraction:
     if not isinstance(node, ast.BinOp) or type(node.op) not in OPERATORS:
         raise ValueError("no arithmetic")
     left, right = (value(side, known, results) for side in (node.left, node.right))
-    if any(isinstance(n, ast.Constant) and value(n, known, []) not in known for n in (node.left, node.right)):
+    if any(
+        isinstance(n, ast.Constant) and value(n, known, []) not in known
+        for n in (node.left, node.right)
+    ):
         raise ValueError("a number from nowhere")
     found = OPERATORS[type(node.op)](left, right)
     if found < 0 or found.denominator != 1:
@@ -59,7 +67,10 @@ def is_true(pieces, answer, problem) -> bool:
             if "=" not in piece:
                 continue  # claims nothing
             results = []
-            sides = [value(ast.parse(s.strip(), mode="eval").body, known, results) for s in piece.split("=")]
+            sides = [
+                value(ast.parse(s.strip(), mode="eval").body, known, results)
+                for s in piece.split("=")
+            ]
             if len(set(sides)) != 1 or len(sides) < 2 or not results:
                 return False
             known |= set(results)
@@ -136,7 +147,9 @@ def one_more(steps, answer, rng):
 
 
 def earlier_result(steps, answer, rng):
-    return text_of(steps), rng.choice([steps[0][0], steps[0][2], steps[0][3], answer + 1, answer * 10])
+    return text_of(steps), rng.choice(
+        [steps[0][0], steps[0][2], steps[0][3], answer + 1, answer * 10]
+    )
 
 
 def dropped_last(steps, answer, rng):
@@ -223,7 +236,13 @@ FALSE = {
 
 WRAPS = [("", "; "), ("", "\n"), ("So ", ". "), ("Work: ", ", so "), ("- ", "\n- "), ("* ", "\n* "), ("1. ", "\n2. "),
          ("First, ", ", then "), ("Here it is.\n\n", " and "), ("Step 1: ", "\nStep 2: ")]  # fmt: skip
-ENDS = [" <answer>{}</answer>", "\nThe answer is {}.", "\n#### {}", "\n\\boxed{{{}}}", "\nAnswer: **{}**"]
+ENDS = [
+    " <answer>{}</answer>",
+    "\nThe answer is {}.",
+    "\n#### {}",
+    "\n\\boxed{{{}}}",
+    "\nAnswer: **{}**",
+]
 
 
 def wrapped(pieces, answer, rng) -> str:
@@ -501,7 +520,7 @@ def test_canonical_answers_only_in_strict_format():
         "<reasoning>9 - 2 = 7</reasoning>",
     )
     assert grade(f"{trace}<answer>7</answer>", question, 7).strict
-    for given in ("007", "7.0", "7,", "+7", "7 nuts"):
+    for given in ("007", "7.0", "7,", "+7", "-0", "7 nuts"):
         found = grade(f"{trace}<answer>{given}</answer>", question, 7)
         assert not found.format and not found.strict
 
