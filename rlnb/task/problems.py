@@ -1,4 +1,4 @@
-"""The task: arithmetic word problems with a worked trace. The only file that knows it.
+"""The task: arithmetic word problems with a worked trace. Only this file and ``grading`` know it.
 
 A problem is a short story with numbers. Its solution is one equation a step and a final answer::
 
@@ -13,10 +13,10 @@ import re
 import tomllib
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 from rlnb import files, profiles
+from rlnb.task.grading import TAGS, UNITS, Grade, apply, grade  # noqa: F401 (here for whoever has a problem)
 
 DATA = Path(__file__).parents[2] / "data" / "problems"
 TEST_SPLITS = ("id", "templates", "larger", "deeper", "rule")
@@ -28,14 +28,11 @@ SYSTEM = (
 )
 # Demonstrations are costly, so in this workbook somebody wrote them for half of the kinds only.
 DEMONSTRATED = ("gain", "loss", "groups", "gain_loss", "change", "two_buys")
-TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
-MAX_CHARS = 20_000  # a longer completion is wrong by definition: nobody asked for it
 
 _TEXT = tomllib.loads((Path(__file__).parent / "problems.toml").read_text(encoding="utf-8"))
 KINDS = {kind["name"]: kind for kind in _TEXT["kind"]}
 ID_KINDS = tuple(name for name, kind in KINDS.items() if not kind.get("deep"))
 DEEP_KINDS = tuple(name for name, kind in KINDS.items() if kind.get("deep"))
-UNITS = _TEXT["units"]
 
 
 @dataclass(frozen=True)
@@ -58,13 +55,6 @@ class Problem:
     def key(self) -> tuple:
         """What makes two problems the same whatever the names and the wording."""
         return (self.kind, *sorted(self.numbers.items()))
-
-
-def apply(op: str, left: int, right: int) -> int:
-    """The result of an equation; -1 for a division that leaves a remainder."""
-    if op == "/":
-        return left // right if right and left % right == 0 else -1
-    return {"+": left + right, "-": left - right, "*": left * right}[op]
 
 
 def work(plan: Iterable[str], numbers: dict[str, int]) -> tuple[str, ...] | None:
@@ -191,70 +181,3 @@ def prompt(problem: Problem, system: str | None = None) -> list[dict[str, str]]:
         system = SYSTEM
     head = [{"role": "system", "content": system}] if system else []
     return [*head, {"role": "user", "content": problem.question}]
-
-
-# ASCII digits only, bounded repetition, no nested quantifiers: linear time on any text.
-_NUMBER = re.compile(r"(?<![0-9.,])-?(?:[0-9]{1,3}(?:,[0-9]{3}){1,3}|[0-9]{1,12})(?:\.0{1,6})?(?![0-9]|[.,][0-9])")
-_EQUATION = re.compile(r"(?<![0-9.,])([0-9]{1,9}) ?([-+*/]) ?([0-9]{1,9}) ?= ?([0-9]{1,9})(?![0-9]|[.,][0-9])")
-_STRICT = re.compile(
-    r"\s*<reasoning>(.*)</reasoning>\s*<answer>\s*(-?(?:0|[1-9][0-9]{0,11}))\s*</answer>\s*", re.DOTALL
-)
-
-
-@dataclass(frozen=True)
-class Grade:
-    """How a completion did. ``strict`` (format, answer and trace) is what the workbook reports."""
-
-    format: bool  # exactly the two blocks, a canonical integer in the second
-    answer: int | None  # the one given, in whatever style; None if there is none or there are two
-    correct: bool  # the answer is right, in whatever style
-    trace: bool  # the equations are true, use known numbers only and end in the answer given
-    strict: bool
-
-
-def parse_answer(text: str) -> int | None:
-    """The answer in whatever style: what the answer tags hold, else the last number of the text.
-
-    "1,000" and "7.0" count as 1000 and 7 here (never in the strict format). Two different tagged
-    answers are no answer: hedging must not pay.
-    """
-    tagged = [_NUMBER.findall(piece.partition("</answer>")[0]) for piece in text.split("<answer>")[1:]]
-    found = tagged or [_NUMBER.findall(text)[-1:]]
-    if any(len(numbers) != 1 for numbers in found):
-        return None
-    values = {int(number.partition(".")[0].replace(",", "")) for (number,) in found}
-    return values.pop() if len(values) == 1 else None
-
-
-def check_trace(reasoning: str, question: str, answer: int | None) -> bool:
-    """True if the reasoning holds equations, all true, that use only numbers from the question, sizes
-    of its units (a dozen, a week) or earlier results, and that end in the answer given.
-    """
-    known = {int(number) for number in re.findall(r"[0-9]{1,9}", question)}
-    known |= {size for unit, size in UNITS.items() if unit in question}
-    result = None
-    for left, op, right, result in _EQUATION.findall(reasoning):
-        left, right, result = int(left), int(right), int(result)
-        if not {left, right} <= known or apply(op, left, right) != result:
-            return False
-        known.add(result)
-    return result is not None and result == answer
-
-
-def grade(completion: str, question: str, answer: int) -> Grade:
-    """Grades one completion against the question and its right answer, in linear time."""
-    if not isinstance(completion, str):
-        raise TypeError(f"a completion is a str, not {type(completion).__name__}: {completion!r:.80}")
-    if len(completion) > MAX_CHARS:
-        return Grade(False, None, False, False, False)
-    return _grade(completion, question, answer)
-
-
-@lru_cache(maxsize=8192)  # several reward functions look at the same completion
-def _grade(completion: str, question: str, answer: int) -> Grade:
-    match = _STRICT.fullmatch(completion) if all(completion.count(tag) == 1 for tag in TAGS) else None
-    strict = bool(match and match[1].strip())
-    given = int(match[2]) if strict else parse_answer(completion)
-    trace = check_trace(match[1] if strict else completion, question, given)
-    correct = given is not None and given == answer
-    return Grade(strict, given, correct, trace, strict and correct and trace)

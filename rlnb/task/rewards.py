@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlnb.task.problems import Grade, grade
+from rlnb.task.grading import Grade, grade
 
 Completion = str | Sequence[Mapping[str, Any]]
 Reward = Callable[..., list[float | None]]
