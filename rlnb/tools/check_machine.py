@@ -71,69 +71,39 @@ def cores() -> tuple[str, ...]:
     import torch
 
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    quota = machine.container("cpu.max")
-    if len(quota) == 2:
-        count = min(count, max(1, quota[0] // quota[1]))
-    threads, given = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    saw = f"{threads} threads of torch on {count} cores"
-    if threads > count:
+    saw = f"{torch.get_num_threads()} threads of torch on {count} cores"
+    if torch.get_num_threads() > count:
         return saw, "advice", f"They are in each other's way: set OMP_NUM_THREADS={count}"
-    if given and 2 * threads <= count:
-        return saw, "advice", f"OMP_NUM_THREADS={given} leaves cores idle"
     return (saw,)
 
 
 def memory() -> tuple[str, ...]:
-    import psutil
-
-    total = psutil.virtual_memory().total / GB
-    return _enough(machine.free_memory() / GB, f"of {total:.1f} GB free", MEMORY, "Shut down other kernels")
+    return _enough(machine.free_memory() / GB, MEMORY, "Shut down other kernels")
 
 
 def disk() -> tuple[str, ...]:
     place = Path(os.environ.get("RLNB_RUNS", environments.ROOT)).absolute()
     place = next(p for p in (place, *place.parents) if p.exists())
-    free = shutil.disk_usage(place).free / GB
-    return _enough(free, "GB free for runs", DISK, f"Delete old runs in {place}, or set RLNB_RUNS")
+    return _enough(shutil.disk_usage(place).free / GB, DISK, f"Delete old runs in {place}, or set RLNB_RUNS")
 
 
-def _enough(free: float, saw: str, limits: tuple[float, float], do: str) -> tuple[str, ...]:
-    saw = f"{free:.1f} {saw}"
+def _enough(free: float, limits: tuple[float, float], do: str) -> tuple[str, ...]:
+    saw = f"{free:.1f} GB free"
     return (saw,) if free >= limits[1] else (saw, "problem" if free < limits[0] else "advice", do)
 
 
 def gpu() -> tuple[str, ...]:
     import torch
 
-    cards = ""  # name and driver of each
-    if shutil.which("nvidia-smi"):
-        ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        said = subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout
-        cards = "; ".join(said.replace(",", " with driver").splitlines())
-    build = f"torch is built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPUs'}"
     if torch.cuda.is_available():
         free, total = (size / GB for size in torch.cuda.mem_get_info())
-        saw = f"{cards or torch.cuda.get_device_name()}: {free:.1f} of {total:.1f} GB free; {build}"
+        saw = f"{torch.cuda.get_device_name()}: {free:.1f} of {total:.1f} GB free; CUDA {torch.version.cuda}"
         fast = importlib.util.find_spec("vllm")
         return (saw,) if fast else (saw, "advice", f"With vLLM it samples much faster: {SETUP} --kind gpu")
-    if not cards:
-        return (f"none, and the practice model needs none; {build}",)
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    do = "CUDA_VISIBLE_DEVICES hides it" if hidden else f"Look at the driver, or {SETUP} --kind gpu"
-    return f"{cards}, unused; {build}", "advice", do
-
-
-def bf16() -> tuple[str, ...]:
-    import torch
-
-    if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return ("in the GPU's hardware",)
-        return "not in the GPU's hardware", "advice", "Train with bf16=False, fp16=True"
-    known = machine.cpu_bf16()
-    if known == set():
-        return "no instructions of the CPU", "advice", "Train with bf16=False, which is faster here"
-    return (", ".join(sorted(known or ["this system does not tell"])),)
+    if shutil.which("nvidia-smi"):
+        do = f"Look at its driver and CUDA_VISIBLE_DEVICES, or {SETUP} --kind gpu"
+        return f"torch {torch.__version__} sees none, but there is nvidia-smi", "advice", do
+    return ("none, and the practice model needs none",)
 
 
 # --- the packages --------------------------------------------------------------------------------
@@ -179,4 +149,4 @@ def versions() -> tuple[str, ...]:
     return (f"the {len(tested)} tested ones ({kind})",)
 
 
-LOOKS = (python, cores, memory, disk, gpu, bf16, backend, versions)
+LOOKS = (python, cores, memory, disk, gpu, backend, versions)
