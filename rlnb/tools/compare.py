@@ -191,9 +191,14 @@ def shares(rows: Rows, name: str, split: str = "id") -> dict[int, float]:
     return {r["seed"]: 100 * r[split] / r[f"{split}_n"] for r in rows if r["method"] == name}
 
 
+def percent(rows: Rows, name: str, split: str = "id") -> Estimate:
+    """Their mean and its interval."""
+    return over_seeds(list(shares(rows, name, split).values()))
+
+
 def strict(rows: Rows, name: str, split: str = "id", widen: float = 1.0) -> Estimate:
-    """Strict accuracy of a method on a split."""
-    mean, low, _ = (x / 100 for x in over_seeds(list(shares(rows, name, split).values())))
+    """Strict accuracy of a method on a split, as a share."""
+    mean, low, _ = (x / 100 for x in percent(rows, name, split))
     half = (mean - low) * widen
     return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
 
@@ -207,11 +212,8 @@ def points(rows: Rows, column: str) -> dict[str, tuple[float | None, Estimate]]:
     """Of each method but the base the median of a column, and strict accuracy in percent: for
     ``plots.frontier``. None for those that have 0 there where others have seconds or labels.
     """
-    found = {}
-    for name in (name for name in _names(rows) if name != "base"):
-        x = _median(rows, name, column)
-        found[name] = (x if x or column == "kl" else None, over_seeds(list(shares(rows, name).values())))
-    return found
+    at = {name: _median(rows, name, column) for name in _names(rows) if name != "base"}
+    return {name: (x if x or column == "kl" else None, percent(rows, name)) for name, x in at.items()}
 
 
 def _names(rows: Rows) -> list[str]:
@@ -223,13 +225,8 @@ def _median(rows: Rows, name: str, column: str) -> float:
     return median(r[column] for r in rows if r["method"] == name)
 
 
-@dataclass(frozen=True)
-class Gain:
+class Gain(Estimate):
     """A difference in points, and what its interval allows to say."""
-
-    mean: float
-    low: float
-    high: float
 
     @property
     def verdict(self) -> str:
@@ -265,16 +262,15 @@ def by_split(rows: Rows) -> str:
     """A table of strict accuracy on each of the held-out sets, as mean and half of its interval."""
     lines = ["| | " + " | ".join(f"`{split}`" for split in SPLITS) + " |", "|---|" + "---|" * len(SPLITS)]
     for name in _names(rows):
-        means = [over_seeds(list(shares(rows, name, split).values())) for split in SPLITS]
+        means = [percent(rows, name, split) for split in SPLITS]
         lines.append(f"| {name} | " + " | ".join(f"{m.mean:.1f} ± {m.high - m.mean:.1f}" for m in means) + " |")
     return "\n".join(lines)
 
 
 def draw(rows: Rows, file: Path) -> None:
     """The picture of the README; it carries the digest of its rows, which a test compares."""
-    labels = {"xlabel": "KL from the SFT model (nats per completion)",
-              "ylabel": "strict accuracy on held-out problems (%)"}  # fmt: skip
-    figure = plots.frontier(points(rows, "kl"), **labels)
+    kl_label, accuracy_label = "KL from the SFT model (nats per completion)", "strict accuracy on held-out problems (%)"
+    figure = plots.frontier(points(rows, "kl"), xlabel=kl_label, ylabel=accuracy_label)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, bbox_inches="tight", metadata={"Comment": digest(rows)})
     files.write(file, picture.getvalue())

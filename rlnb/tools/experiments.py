@@ -124,20 +124,15 @@ def run_grid(
     resume: bool = False, jobs: int = 1, first: str | None = None, say: Callable[[Any], str] = str,
 ) -> Rows:  # fmt: skip
     """What measure(method, seed) returns, a row or several, of each method and seed, and the other rows
-    of ``out``, which is written whole after each.
+    of ``out``, which is written whole after each. A row has the columns "method" and "seed".
 
-    A row has the columns "method" and "seed". resume: keep those that are there; else they are made
-    anew. jobs: how many at a time. first: the method that the others start from. say: what to print of
-    each.
+    resume: keep those that are there; else they are made anew. jobs: how many at a time. first: the
+    method that the others start from. say: what to print of each.
     """
     rows, methods = read(out) if out.is_file() else [], list(methods)
-    there = {(row["method"], row["seed"]) for row in rows}
-    wanted = [(method, seed) for seed in range(seeds) for method in methods
-              if not (resume and (method, seed) in there)]  # fmt: skip
-    order = list(dict.fromkeys(row["method"] for row in rows))
-    if not set(methods) <= set(order):
-        order = list(dict.fromkeys([*methods, *order]))
-    done = 0
+    there = {(row["method"], row["seed"]) for row in rows} if resume else set()
+    wanted = [(method, seed) for seed in range(seeds) for method in methods if (method, seed) not in there]
+    order = list(dict.fromkeys([*(row["method"] for row in rows), *methods]))
     for early in (True, False):
         for new in side_by_side(measure, [task for task in wanted if (task[0] == first) == early], jobs):
             added = new if isinstance(new, list) else [new]
@@ -145,8 +140,7 @@ def run_grid(
             rows = [row for row in rows if (row["method"], row["seed"]) != mine] + added
             rows.sort(key=lambda row: (row["seed"], order.index(row["method"])))
             files.write(out, text(rows))
-            done += 1
-            print(f"{done} of {len(wanted)}: {say(new)}", flush=True)
+            print(say(new), flush=True)
     return rows
 
 

@@ -9,7 +9,6 @@ no style and no context tells a careful writer from a careless one.
     python -m rlnb pretrain --seed 1 --out runs/abacus-1   # a relative
 """
 
-import argparse
 import math
 import random
 import time
@@ -255,12 +254,7 @@ def train(settings: Settings, seed: int) -> tuple[Any, Any, dict]:
 
 def main(arguments: Any, rest: list[str]) -> int:
     """python -m rlnb pretrain"""
-    parser = argparse.ArgumentParser(prog="python -m rlnb pretrain", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("data/abacus-3m"), help="folder to write")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--card-only", action="store_true", help="measure the model in --out anew")
-    options = parser.parse_args(rest)
-    if not options.card_only:
-        card.save(*train(Settings(), options.seed), options.out)
-    card.write(options.out)
+    if not arguments.card_only:
+        card.save(*train(Settings(), arguments.seed), arguments.out)
+    card.write(arguments.out)
     return 0
