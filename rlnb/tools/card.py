@@ -15,8 +15,7 @@ import torch
 KS, N, COUNT = (1, 8, 32), 32, 240  # pass@k of n samples, on the first problems of each test split
 MARK = "## Measured\n"  # in README.md: what stands above it was written by hand and stays
 FACTS = """
-{parameters:,} parameters, seed {seed}: {tokens:,} tokens in {minutes} minutes, {tokens_per_second:,} a second;
-held-out loss {held_out_loss} nats per token.
+{parameters:,} parameters, trained with seed {seed} on {tokens:,} tokens in {minutes} minutes.
 """
 COLUMNS = (*(f"pass@{k}, any style" for k in KS), "pass@1, strict", "pass@32, strict")
 HEAD = f"| {{what}} | problems | {' | '.join(COLUMNS)} |\n{'|---' * 7}|\n"

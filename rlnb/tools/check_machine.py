@@ -10,7 +10,6 @@ from __future__ import annotations  # for Python 3.9: see setup.py
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -71,25 +70,24 @@ def cores() -> tuple[str, ...]:
     import torch
 
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = machine.container("cpu.max")
+    if len(quota) == 2:
+        count = min(count, max(1, quota[0] // quota[1]))
     saw = f"{torch.get_num_threads()} threads of torch on {count} cores"
     if torch.get_num_threads() > count:
         return saw, "advice", f"They are in each other's way: set OMP_NUM_THREADS={count}"
     return (saw,)
 
 
-def memory() -> tuple[str, ...]:
-    return _enough(machine.free_memory() / GB, MEMORY, "Shut down other kernels")
-
-
-def disk() -> tuple[str, ...]:
+def space() -> tuple[str, ...]:
     place = Path(os.environ.get("RLNB_RUNS", environments.ROOT)).absolute()
     place = next(p for p in (place, *place.parents) if p.exists())
-    return _enough(shutil.disk_usage(place).free / GB, DISK, f"Delete old runs in {place}, or set RLNB_RUNS")
-
-
-def _enough(free: float, limits: tuple[float, float], do: str) -> tuple[str, ...]:
-    saw = f"{free:.1f} GB free"
-    return (saw,) if free >= limits[1] else (saw, "problem" if free < limits[0] else "advice", do)
+    memory, disk = machine.free_memory() / GB, shutil.disk_usage(place).free / GB
+    saw = f"{memory:.1f} GB of memory and {disk:.1f} GB of disk free"
+    if memory >= MEMORY[1] and disk >= DISK[1]:
+        return (saw,)
+    level = "problem" if memory < MEMORY[0] or disk < DISK[0] else "advice"
+    return saw, level, f"Shut down other kernels, or delete old runs in {place}"
 
 
 def gpu() -> tuple[str, ...]:
@@ -110,23 +108,15 @@ def gpu() -> tuple[str, ...]:
 
 
 def backend() -> tuple[str, ...]:
-    """Imports Unsloth: here if it already is here, else in another process, which may crash."""
-    if "unsloth" in sys.modules:
-        from rlnb.model import backend
+    """Imports Unsloth."""
+    from rlnb.model import backend
 
-        return (backend(),)
-    ask = "from rlnb.model import backend; import torch; print(backend(), torch.cuda.is_available())"
-    path = os.pathsep.join(filter(None, [str(environments.ROOT), os.environ.get("PYTHONPATH")]))
-    own = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=300, env=own)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-        return last[:300], "problem", f"To set it up anew: {SETUP}"
-    kind, cuda = done.stdout.split()[-2:]
-    if kind == "plain" and cuda == "False" and metadata.version("trl").startswith("1.15."):
-        saw = f"plain, with trl {metadata.version('trl')}"
-        return saw, "problem", f"On a CPU that trains with Unsloth only: {SETUP} --kind plain"
-    return (kind,)
+    import torch
+
+    trl = metadata.version("trl")
+    if backend() == "plain" and not torch.cuda.is_available() and trl.startswith("1.15."):
+        return f"plain, with trl {trl}", "problem", f"On a CPU that trains with Unsloth only: {SETUP} --kind plain"
+    return (backend(),)
 
 
 def versions() -> tuple[str, ...]:
@@ -149,4 +139,4 @@ def versions() -> tuple[str, ...]:
     return (f"the {len(tested)} tested ones ({kind})",)
 
 
-LOOKS = (python, cores, memory, disk, gpu, backend, versions)
+LOOKS = (python, cores, space, gpu, backend, versions)

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from rlnb import files
 from rlnb.profiles import profile
@@ -29,18 +29,6 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 NOTEBOOKS = ROOT / "notebooks"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-
-
-class Outcome(NamedTuple):
-    """One executed notebook. failure: where and what, "" if none. accuracy: strict, of its runs. copy: the
-    address of the HTML.
-    """
-
-    notebook: str
-    seconds: float
-    failure: str
-    accuracy: str = ""
-    copy: str = ""
 
 
 def main(arguments, rest) -> int:
@@ -69,14 +57,14 @@ def execute_all(names: list[str], out: Path, write: bool = False, jobs: int = 1)
     try:
         for outcome in found:
             outcomes.append(outcome)
-            print(f"{outcome.notebook}: {outcome.seconds:.1f} s, {outcome.failure or 'ok'}", flush=True)
+            print("{notebook}: {seconds} s, {result}".format(**outcome), flush=True)
     finally:
         if outcomes:
-            table = pd.DataFrame(sorted(outcomes)).round(1)
-            table["failure"] = table["failure"].str.partition(":")[0]
+            table = pd.DataFrame(outcomes).sort_values("notebook")
+            table["result"] = table["result"].str.partition(":")[0]  # the rest stands above
             print(f"\n{table.to_string(index=False)}")
             print(f"{len(outcomes)} of {len(tasks)} in {time.monotonic() - began:.0f} s, {jobs} at a time", flush=True)
-    return int(any(outcome.failure for outcome in outcomes))
+    return int(any(outcome["result"] != "ok" for outcome in outcomes))
 
 
 def find(names: list[str]) -> list[Path]:
@@ -95,21 +83,21 @@ def find(names: list[str]) -> list[Path]:
     return found or known
 
 
-def execute(path: Path, out: Path, write: bool) -> Outcome:
-    """Executes one notebook and writes its copies. Raises KeyboardInterrupt on Ctrl-C."""
+def execute(path: Path, out: Path, write: bool) -> dict[str, Any]:
+    """Executes one notebook and writes its copies: a row of the summary. Raises KeyboardInterrupt on Ctrl-C."""
     inside = path.is_relative_to(NOTEBOOKS)
     name = (path.relative_to(NOTEBOOKS) if inside else Path(path.name)).with_suffix("").as_posix()
     try:
         notebook = nbformat.read(path, as_version=4)
     except Exception as error:  # nbformat raises many kinds
-        return Outcome(name, 0.0, f"FAILED, no notebook: {path}: {error!r:.200}")
+        return {"notebook": name, "seconds": 0.0, "result": f"FAILED, no notebook: {path}: {error!r:.200}"}
     before = {run.id for run in runs.find()}
     began = time.monotonic()
-    failure = asyncio.run(_run_cells(notebook, name, path.parent))
-    seconds = time.monotonic() - began
+    result = asyncio.run(_run_cells(notebook, name, path.parent))
+    seconds = round(time.monotonic() - began, 1)
     new = [run for run in reversed(runs.find(notebook=name)) if run.id not in before]
     scores = [(run.method, run.get("result.strict.k"), run.get("result.strict.n")) for run in new]
-    if not failure:  # else stderr may say more about it
+    if result == "ok":  # else stderr may say more about it
         clean(notebook)
     page = out / f"{name}.html"
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -117,14 +105,14 @@ def execute(path: Path, out: Path, write: bool) -> Outcome:
     exporter = HTMLExporter(embed_images=True, require_js_url="", jquery_url="")
     resources = {"metadata": {"name": path.stem, "path": str(path.parent)}}
     files.write(page, exporter.from_notebook_node(notebook, resources=resources)[0])
-    if write and not failure:
+    if write and result == "ok":
         files.write(path, nbformat.writes(notebook) + "\n")
     accuracy = ", ".join(f"{method} {100 * k / n:.1f} %" for method, k, n in scores if n)
-    return Outcome(name, seconds, failure, accuracy, page.as_uri())
+    return {"notebook": name, "seconds": seconds, "result": result, "accuracy": accuracy, "copy": page.as_uri()}
 
 
 async def _run_cells(notebook, name: str, folder: Path) -> str:
-    """Executes all cells in a kernel of this Python; where and what went wrong, or "".
+    """Executes all cells in a kernel of this Python. "ok", or where it failed and how.
 
     Ctrl-C, which cancels this, interrupts the cell and waits for it: a training saves what it has learnt.
     A second one waits no more. Then the kernel has five seconds to end.
@@ -151,15 +139,16 @@ async def _run_cells(notebook, name: str, folder: Path) -> str:
                 raise
             if failure:
                 return f"FAILED in cell {number} of {len(cells)}: {failure}"
+        return "ok"
     except RuntimeError as error:
         return f"FAILED before the first cell: {error}"
     finally:
         show_line("")
         await kernel.shutdown_kernel()
-    return ""
 
 
 async def _run_cell(client: NotebookClient, index: int) -> str:
+    """What the cell raised, or ""."""
     try:
         await client.async_execute_cell(client.nb.cells[index], index)
     except CellExecutionError as error:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 from rlnb.task import problems
@@ -167,7 +166,7 @@ def build_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
 
 
 def batches(
-    tokenizer: Any, settings: Settings, seed: int | str, exclude: set[tuple], stage: int
+    tokenizer: Any, settings: Settings, seed: int, exclude: set[tuple], stage: int
 ) -> Iterator[torch.Tensor]:
     """Endless (rows, length) int64 batches of a stage. Each depends on seed, stage and its number alone."""
     part, size = settings.stages[stage], settings.rows * settings.length
@@ -205,16 +204,6 @@ def _optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.optim
     return [muon, adam]
 
 
-def held_out_loss(model: LlamaForCausalLM, tokenizer: Any, settings: Settings, exclude: set[tuple]) -> float:
-    """Mean cross-entropy in nats per token on 256 rows of the last stage, of a seed that no run uses."""
-    stream, losses = batches(tokenizer, settings, "held-out", exclude, len(settings.stages) - 1), []
-    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        for _ in range(math.ceil(256 / settings.rows)):
-            x = next(stream)
-            losses.append(model(input_ids=x, labels=x).loss.item())
-    return sum(losses) / len(losses)
-
-
 def train_step(model: LlamaForCausalLM, optimizers: list, x: torch.Tensor) -> None:
     """One step of every optimizer on a (rows, length) batch."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -244,11 +233,7 @@ def train(settings: Settings, seed: int) -> tuple[Any, Any, dict]:
             train_step(model, optimizers, x)
     seconds = time.perf_counter() - began
     tokens = sum(map(settings.steps, settings.stages)) * settings.rows * settings.length
-    facts = {
-        "parameters": model.num_parameters(), "tokens": tokens,
-        "minutes": round(seconds / 60, 1), "tokens_per_second": round(tokens / seconds),
-        "seed": seed, "held_out_loss": round(held_out_loss(model, tokenizer, settings, exclude), 4),
-    }  # fmt: skip
+    facts = {"parameters": model.num_parameters(), "tokens": tokens, "minutes": round(seconds / 60, 1), "seed": seed}
     return model.eval(), tokenizer, facts
 
 
