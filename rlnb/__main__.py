@@ -175,7 +175,7 @@ def _data(arguments, rest) -> int:
 
 
 def _test(arguments, rest) -> int:
-    """Runs stages, each with a heading and its seconds; all of them, also after one has failed."""
+    """Runs stages, all of them, also after one has failed."""
     if unknown := set(arguments.stages) - set(STAGES):
         raise ValueError(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
     results = []
@@ -185,7 +185,6 @@ def _test(arguments, rest) -> int:
         with tempfile.TemporaryDirectory() as runs:  # not among the user's own
             passed = all(_passes(command.split(), stage, runs) for command in STAGES[stage])
         results.append(f"{stage} {'passed' if passed else 'FAILED'} in {time.monotonic() - began:.0f} s")
-        print(f"=== {results[-1]}", flush=True)
     print("\n" + "\n".join(results))
     return int(any("FAILED" in line for line in results))
 

@@ -18,7 +18,7 @@ FACTS = """
 {parameters:,} parameters, trained with seed {seed} on {tokens:,} tokens in {minutes} minutes.
 """
 COLUMNS = (*(f"pass@{k}, any style" for k in KS), "pass@1, strict", "pass@32, strict")
-HEAD = f"| {{what}} | problems | {' | '.join(COLUMNS)} |\n{'|---' * 7}|\n"
+HEAD = f"| split | problems | {' | '.join(COLUMNS)} |\n{'|---' * 7}|\n"
 
 
 def save(model: Any, tokenizer: Any, facts: dict, out: Path) -> None:
@@ -45,16 +45,12 @@ def write(folder: Path) -> None:
         for split in problems.TEST_SPLITS
     }
     text = by_hand + MARK + FACTS.format(**facts)
-    text += "\n" + HEAD.format(what="split") + "".join(_line(s, p) for s, p in found.items())
-    text += "\nBy kind of problem, in distribution:\n\n" + HEAD.format(what="kind")
-    for kind in problems.ID_KINDS:
-        mine = evaluate.Passes([row for row in found["id"].rows if row["kind"] == kind], KS)
-        text += _line(f"{kind}, {len(problems.KINDS[kind]['plan'])} steps", mine)
+    text += "\n" + HEAD + "".join(_line(s, p) for s, p in found.items())
     files.write(readme, text)
     print(text)
 
 
-def _line(what: str, passes: evaluate.Passes) -> str:
+def _line(split: str, passes: evaluate.Passes) -> str:
     loose, strict = passes.correct, passes.strict
     cells = [str(loose[k]) for k in KS] + [str(strict[k]) for k in (1, 32)]
-    return f"| {what} | {len(passes.rows)} | {' | '.join(cells)} |\n"
+    return f"| {split} | {len(passes.rows)} | {' | '.join(cells)} |\n"

@@ -45,25 +45,17 @@ class Report(list):
 
 def report() -> Report:
     """What works on this machine, a line each. It takes some seconds if it has to import Unsloth."""
-    return Report(map(_finding, LOOKS))
-
-
-def _finding(look) -> Finding:
-    try:
-        return Finding(look.__name__, *look())
-    except Exception as error:  # whatever is broken: that is when people ask a doctor
-        saw = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return Finding(look.__name__, saw, "problem", f"To mend the packages: {SETUP}")
+    found = Report()
+    for look in LOOKS:
+        try:
+            found.append(Finding(look.__name__, *look()))
+        except Exception as error:  # whatever is broken: that is when people ask a doctor
+            saw = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            found.append(Finding(look.__name__, saw, "problem", f"To mend the packages: {SETUP}"))
+    return found
 
 
 # --- the machine ---------------------------------------------------------------------------------
-
-
-def python() -> tuple[str, ...]:
-    saw, known = f"{sys.version.split()[0]} in {sys.prefix}", environments.PYTHONS
-    if f"{sys.version_info[0]}.{sys.version_info[1]}" not in known:
-        return saw, "problem", f"rlnb needs {known[0]} to {known[-1]}"
-    return (saw,)
 
 
 def cores() -> tuple[str, ...]:
@@ -121,22 +113,18 @@ def backend() -> tuple[str, ...]:
 
 def versions() -> tuple[str, ...]:
     """Against the requirement files of the kind of environment that this one is."""
+    saw = f"Python {sys.version.split()[0]} in {sys.prefix}"
     if not (environments.ROOT / "requirements.txt").exists():
-        return ("rlnb comes from a wheel, and pip has seen to the rest",)
+        return (f"{saw}; rlnb comes from a wheel, and pip has seen to the rest",)
     kinds = {"gpu": "vllm", "unsloth": "unsloth", "plain": "sys"}
     kind = next(kind for kind, mark in kinds.items() if importlib.util.find_spec(mark))
-    tested, missing, other = environments.pins(kind), [], []
-    for name, version in tested.items():
-        try:
-            found = metadata.version(name).split("+")[0]
-            other += [f"{name} {found}, tested {version}"] if found != version else []
-        except metadata.PackageNotFoundError:
-            missing.append(name)
-    if missing:
-        return f"missing: {', '.join(missing)}", "problem", f"To install them: {SETUP}"
-    if other:
-        return "; ".join(other), "advice", f"If something fails, take the tested ones: {SETUP}"
-    return (f"the {len(tested)} tested ones ({kind})",)
+    found = environments.differences(kind)
+    if missing := [name for name, version in found.items() if version is None]:
+        return f"{saw}, missing: {', '.join(missing)}", "problem", f"To install them: {SETUP}"
+    if found:
+        other = ", ".join(f"{name} {version}" for name, version in found.items())
+        return f"{saw}; not as tested: {other}", "advice", f"If something fails, take the tested ones: {SETUP}"
+    return (f"{saw}, the tested packages ({kind})",)
 
 
-LOOKS = (python, cores, space, gpu, backend, versions)
+LOOKS = (versions, cores, space, gpu, backend)

@@ -139,8 +139,8 @@ def tests() -> list[tuple[str, Problem]]:
 def _policy(model: Any, tokenizer: Any, sft: runs.Run) -> dict[str, Any]:
     """Accuracy of greedy answers on each split, and how far the policy is from its SFT model."""
     splits, tasks = zip(*tests(), strict=True)
-    report = evaluate.accuracy(model, tokenizer, tasks)
-    found = counts(splits, [one["strict"] for one in report.rows], [one["tokens"] for one in report.rows])
+    rows = evaluate.accuracy(model, tokenizer, tasks).rows
+    found = counts(splits, [one["strict"] for one in rows], [one["tokens"] for one in rows])
     moved = moved_from(sft, model, tokenizer, [p for split, p in tests() if split == "id"])
     return found | {"kl": round(moved.mean, 4), "kl_error": round(moved.error, 4)}
 
@@ -191,14 +191,9 @@ def shares(rows: Rows, name: str, split: str = "id") -> dict[int, float]:
     return {r["seed"]: 100 * r[split] / r[f"{split}_n"] for r in rows if r["method"] == name}
 
 
-def percent(rows: Rows, name: str, split: str = "id") -> Estimate:
-    """Their mean and its interval."""
-    return over_seeds(list(shares(rows, name, split).values()))
-
-
 def strict(rows: Rows, name: str, split: str = "id", widen: float = 1.0) -> Estimate:
     """Strict accuracy of a method on a split, as a share."""
-    mean, low, _ = (x / 100 for x in percent(rows, name, split))
+    mean, low, _ = (x / 100 for x in over_seeds([*shares(rows, name, split).values()]))
     half = (mean - low) * widen
     return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
 
@@ -212,8 +207,11 @@ def points(rows: Rows, column: str) -> dict[str, tuple[float | None, Estimate]]:
     """Of each method but the base the median of a column, and strict accuracy in percent: for
     ``plots.frontier``. None for those that have 0 there where others have seconds or labels.
     """
-    at = {name: _median(rows, name, column) for name in _names(rows) if name != "base"}
-    return {name: (x if x or column == "kl" else None, percent(rows, name)) for name, x in at.items()}
+    found = {}
+    for name in (name for name in _names(rows) if name != "base"):
+        x = _median(rows, name, column)
+        found[name] = (x if x or column == "kl" else None, over_seeds([*shares(rows, name).values()]))
+    return found
 
 
 def _names(rows: Rows) -> list[str]:
@@ -262,15 +260,16 @@ def by_split(rows: Rows) -> str:
     """A table of strict accuracy on each of the held-out sets, as mean and half of its interval."""
     lines = ["| | " + " | ".join(f"`{split}`" for split in SPLITS) + " |", "|---|" + "---|" * len(SPLITS)]
     for name in _names(rows):
-        means = [percent(rows, name, split) for split in SPLITS]
+        means = [over_seeds([*shares(rows, name, split).values()]) for split in SPLITS]
         lines.append(f"| {name} | " + " | ".join(f"{m.mean:.1f} ± {m.high - m.mean:.1f}" for m in means) + " |")
     return "\n".join(lines)
 
 
 def draw(rows: Rows, file: Path) -> None:
     """The picture of the README; it carries the digest of its rows, which a test compares."""
-    kl_label, accuracy_label = "KL from the SFT model (nats per completion)", "strict accuracy on held-out problems (%)"
-    figure = plots.frontier(points(rows, "kl"), xlabel=kl_label, ylabel=accuracy_label)
+    labels = {"xlabel": "KL from the SFT model (nats per completion)",
+              "ylabel": "strict accuracy on held-out problems (%)"}  # fmt: skip
+    figure = plots.frontier(points(rows, "kl"), **labels)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, bbox_inches="tight", metadata={"Comment": digest(rows)})
     files.write(file, picture.getvalue())
@@ -287,10 +286,8 @@ def main(arguments: Any, rest: Sequence[str] = ()) -> int:
     os.environ["RLNB_PROFILE"] = "cpu"
     out = OUT if model_name() == PRACTICE else runs.root() / f"methods-{Path(model_name()).name}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = experiments.run_grid(
-        row, arguments.only or METHODS, arguments.seeds, out, resume=arguments.resume, jobs=arguments.jobs,
-        first="SFT", say=lambda r: f"seed {r['seed']}, {r['method']}, {strict([r], r['method'])}",
-    )  # fmt: skip
+    wanted, options = arguments.only or METHODS, {"resume": arguments.resume, "jobs": arguments.jobs}
+    rows = experiments.run_grid(row, wanted, arguments.seeds, out, first="SFT", **options)
     draw(rows, out.with_suffix(".png"))
     print(f"{table(rows)}\n\n{by_split(rows)}")
     return 0

@@ -121,13 +121,13 @@ def _end_with_parent() -> None:
 
 def run_grid(
     measure: Callable[[str, int], dict | Rows], methods: Iterable[str], seeds: int, out: Path, *,
-    resume: bool = False, jobs: int = 1, first: str | None = None, say: Callable[[Any], str] = str,
+    resume: bool = False, jobs: int = 1, first: str | None = None,
 ) -> Rows:  # fmt: skip
     """What measure(method, seed) returns, a row or several, of each method and seed, and the other rows
     of ``out``, which is written whole after each. A row has the columns "method" and "seed".
 
     resume: keep those that are there; else they are made anew. jobs: how many at a time. first: the
-    method that the others start from. say: what to print of each.
+    method that the others start from.
     """
     rows, methods = read(out) if out.is_file() else [], list(methods)
     there = {(row["method"], row["seed"]) for row in rows} if resume else set()
@@ -140,11 +140,11 @@ def run_grid(
             rows = [row for row in rows if (row["method"], row["seed"]) != mine] + added
             rows.sort(key=lambda row: (row["seed"], order.index(row["method"])))
             files.write(out, text(rows))
-            print(say(new), flush=True)
+            print(f"{mine[0]}, seed {mine[1]}", flush=True)
     return rows
 
 
-def text(rows: Sequence[dict]) -> str:
+def text(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as CSV."""
     return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
 

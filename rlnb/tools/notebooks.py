@@ -60,7 +60,7 @@ def execute_all(names: list[str], out: Path, write: bool = False, jobs: int = 1)
             print("{notebook}: {seconds} s, {result}".format(**outcome), flush=True)
     finally:
         if outcomes:
-            table = pd.DataFrame(outcomes).sort_values("notebook")
+            table = pd.DataFrame(outcomes).fillna("").sort_values("notebook")
             table["result"] = table["result"].str.partition(":")[0]  # the rest stands above
             print(f"\n{table.to_string(index=False)}")
             print(f"{len(outcomes)} of {len(tasks)} in {time.monotonic() - began:.0f} s, {jobs} at a time", flush=True)
@@ -68,15 +68,13 @@ def execute_all(names: list[str], out: Path, write: bool = False, jobs: int = 1)
 
 
 def find(names: list[str]) -> list[Path]:
-    """The notebooks of these names: a path, or a name in notebooks/ with or without the ending.
+    """The notebooks of these names: a path, or a name in notebooks/ without the ending.
 
     No names: all of notebooks/ in order, without the solutions. FileNotFoundError if one does not exist.
     """
-    known = sorted(NOTEBOOKS.glob("*.ipynb"))
-    found = []
+    known, found = sorted(NOTEBOOKS.glob("*.ipynb")), []
     for name in names:
-        places = (Path(name), NOTEBOOKS / name, NOTEBOOKS / f"{name}.ipynb")
-        path = next((place for place in places if place.is_file()), None)
+        path = next((p for p in (Path(name), NOTEBOOKS / f"{name}.ipynb") if p.is_file()), None)
         if path is None:
             raise FileNotFoundError(f"no notebook {name}; there are: {', '.join(p.stem for p in known)}")
         found.append(path.absolute())

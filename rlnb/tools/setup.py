@@ -41,7 +41,7 @@ def ensure(arguments: list[str]) -> None:
     if not (ROOT / "requirements.txt").exists():
         return  # installed from a wheel: pip has seen to the packages
     kind, state = _read_stamp(Path(sys.prefix))
-    if (kind and state == _fingerprint(kind, _version(sys.executable))) or any(map(_pinned_here, STEPS)):
+    if (kind and state == _fingerprint(kind, _version(sys.executable))) or not all(map(differences, STEPS)):
         return
     become([str(setup(VENV)), "-m", "rlnb", *arguments])
 
@@ -138,20 +138,21 @@ def _fingerprint(kind: str, version: str | None) -> str:
     return digest.hexdigest()
 
 
-def pins(kind: str) -> dict[str, str]:
-    """Package -> version that a kind of environment has; the later file wins, as with pip."""
-    texts = ((ROOT / step[-1]).read_text(encoding="utf-8") for step in STEPS[kind])
-    return {name: pin for text in texts for name, pin in re.findall(r"(?m)^([\w.-]+)==([\w.]+)", text)}
-
-
-def _pinned_here(kind: str) -> bool:
-    """Whether this Python has the versions of a kind of environment, whoever installed them."""
+def differences(kind: str) -> dict[str, str | None]:
+    """Package -> version here, None if there is none, where it is not that of a kind of environment."""
     from importlib import metadata  # 30 ms, and seldom needed
 
-    try:
-        return all(metadata.version(name).split("+")[0] == pin for name, pin in pins(kind).items())
-    except metadata.PackageNotFoundError:
-        return False
+    found: dict[str, str | None] = {}
+    texts = ((ROOT / step[-1]).read_text(encoding="utf-8") for step in STEPS[kind])
+    pins = {name: pin for text in texts for name, pin in re.findall(r"(?m)^([\w.-]+)==([\w.]+)", text)}
+    for name, pin in pins.items():  # of the later file, as with pip
+        try:
+            here = metadata.version(name).split("+")[0]
+        except metadata.PackageNotFoundError:
+            here = None
+        if here != pin:
+            found[name] = here
+    return found
 
 
 def _add_to_path(python: Path) -> None:

@@ -158,10 +158,10 @@ def test_an_error_leaves_the_table_whole(tmp_path):
 
 def test_the_first_method_comes_first_and_the_order_is_that_of_the_methods(tmp_path, capsys):
     out = tmp_path / "rows.csv"
-    found = experiments.run_grid(measure, ["base", "SFT"], 2, out, first="SFT", say=lambda row: row["method"])
+    found = experiments.run_grid(measure, ["base", "SFT"], 2, out, first="SFT")
     assert [(r["method"], r["seed"]) for r in found] == [("base", 0), ("SFT", 0), ("base", 1), ("SFT", 1)]
     said = capsys.readouterr().out.splitlines()
-    assert said == ["SFT", "SFT", "base", "base"]
+    assert said == ["SFT, seed 0", "SFT, seed 1", "base, seed 0", "base, seed 1"]
 
 
 def several(method, seed):

@@ -295,7 +295,7 @@ def test_an_environment_made_by_hand_is_used_as_it_is(monkeypatch, tmp_path):
     for name in environments.FILES:
         (tmp_path / name).write_text("pytest==0.0.1  # not what is here\n")
     monkeypatch.setattr(environments, "ROOT", tmp_path)
-    assert not environments._pinned_here("plain")
+    assert environments.differences("plain") == {"pytest": pytest.__version__}
     installed = f"pytest=={pytest.__version__}  # what is here\n"
     (tmp_path / "requirements.txt").write_text(installed)
     environments.ensure(["data"])  # returns, where it would otherwise replace this process
