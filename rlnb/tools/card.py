@@ -14,9 +14,6 @@ import torch
 
 KS, N, COUNT = (1, 8, 32), 32, 240  # pass@k of n samples, on the first problems of each test split
 MARK = "## Measured\n"  # in README.md: what stands above it was written by hand and stays
-FACTS = """
-{parameters:,} parameters, trained with seed {seed} on {tokens:,} tokens in {minutes} minutes.
-"""
 COLUMNS = (*(f"pass@{k}, any style" for k in KS), "pass@1, strict", "pass@32, strict")
 HEAD = f"| split | problems | {' | '.join(COLUMNS)} |\n{'|---' * 7}|\n"
 
@@ -44,8 +41,8 @@ def write(folder: Path) -> None:
         split: evaluate.passes(model, tokenizer, problems.load(split)[:COUNT], N, KS, progress=split)
         for split in problems.TEST_SPLITS
     }
-    text = by_hand + MARK + FACTS.format(**facts)
-    text += "\n" + HEAD + "".join(_line(s, p) for s, p in found.items())
+    made = "{parameters:,} parameters, trained with seed {seed} on {tokens:,} tokens in {minutes} minutes."
+    text = f"{by_hand}{MARK}\n{made.format(**facts)}\n\n{HEAD}" + "".join(_line(s, p) for s, p in found.items())
     files.write(readme, text)
     print(text)
 

@@ -55,9 +55,6 @@ def report() -> Report:
     return found
 
 
-# --- the machine ---------------------------------------------------------------------------------
-
-
 def cores() -> tuple[str, ...]:
     import torch
 
@@ -94,9 +91,6 @@ def gpu() -> tuple[str, ...]:
         do = f"Look at its driver and CUDA_VISIBLE_DEVICES, or {SETUP} --kind gpu"
         return f"torch {torch.__version__} sees none, but there is nvidia-smi", "advice", do
     return ("none, and the practice model needs none",)
-
-
-# --- the packages --------------------------------------------------------------------------------
 
 
 def backend() -> tuple[str, ...]:

@@ -78,18 +78,16 @@ def _start() -> subprocess.Popen:
 
 def _result(child: subprocess.Popen, call: Callable, task: tuple) -> Any:
     """Has the child make a call, and waits for what comes of it."""
-    name, module = call.__qualname__, call.__module__
-    if module == "__main__":
-        module = sys.modules["__main__"].__spec__.name
+    module = sys.modules["__main__"].__spec__.name if call.__module__ == "__main__" else call.__module__
     try:
         with child:
-            child.stdin.write(pickle.dumps((module, name, task)))
+            child.stdin.write(pickle.dumps((module, call.__name__, task)))
             child.stdin.flush()
             result, error = pickle.load(child.stdout)
             child.wait()
     except (OSError, EOFError, pickle.UnpicklingError):
         why = f"its process ended with {child.returncode} before the result was there. Had the machine memory left?"
-        raise ChildProcessError(f"{name}{task}: {why}") from None
+        raise ChildProcessError(f"{call.__name__}{task}: {why}") from None
     if error:
         raise error
     return result

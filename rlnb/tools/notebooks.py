@@ -15,7 +15,7 @@ from rlnb import files
 from rlnb.profiles import profile
 from rlnb.record import runs
 from rlnb.tools.experiments import side_by_side
-from rlnb.tools.setup import ROOT, show_line
+from rlnb.tools.setup import ROOT
 
 import nbformat
 import pandas as pd
@@ -25,6 +25,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+from tqdm import tqdm
 
 NOTEBOOKS = ROOT / "notebooks"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -126,8 +127,7 @@ async def _run_cells(notebook, name: str, folder: Path) -> str:
         client.kc.start_channels()
         await client.kc.wait_for_ready(timeout=600)  # seconds, for a busy machine
         client.kc.allow_stdin = False
-        for number, i in enumerate(cells, 1):
-            show_line(f"{name}: cell {number} of {len(cells)}")
+        for number, i in enumerate(tqdm(cells, name, leave=False, disable=None), 1):  # None: in a terminal only
             cell = asyncio.ensure_future(_run_cell(client, i))
             try:
                 failure = await asyncio.shield(cell)
@@ -141,7 +141,6 @@ async def _run_cells(notebook, name: str, folder: Path) -> str:
     except RuntimeError as error:
         return f"FAILED before the first cell: {error}"
     finally:
-        show_line("")
         await kernel.shutdown_kernel()
 
 

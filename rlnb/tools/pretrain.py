@@ -204,17 +204,6 @@ def _optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.optim
     return [muon, adam]
 
 
-def train_step(model: LlamaForCausalLM, optimizers: list, x: torch.Tensor) -> None:
-    """One step of every optimizer on a (rows, length) batch."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(input_ids=x, labels=x).loss
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def train(settings: Settings, seed: int) -> tuple[Any, Any, dict]:
     """Pretrains from nothing and returns (model, tokenizer, facts)."""
     exclude, tokenizer, began = test_keys(), build_tokenizer(settings), time.perf_counter()
@@ -230,7 +219,13 @@ def train(settings: Settings, seed: int) -> tuple[Any, Any, dict]:
             rate = stage.rate * min(1.0, (step + 1) / warm, (steps - step) / fall)
             for optimizer, lr in zip(optimizers, (settings.muon_lr, settings.adam_lr), strict=True):
                 optimizer.param_groups[0]["lr"] = lr * rate
-            train_step(model, optimizers, x)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(input_ids=x, labels=x).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
     seconds = time.perf_counter() - began
     tokens = sum(map(settings.steps, settings.stages)) * settings.rows * settings.length
     facts = {"parameters": model.num_parameters(), "tokens": tokens, "minutes": round(seconds / 60, 1), "seed": seed}

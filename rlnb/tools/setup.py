@@ -113,8 +113,6 @@ def interpreter(prefix: Path) -> Path:
 
 def _version(python: Path | str) -> str | None:
     """Asks an interpreter for its version, "3.11"; None if there is none or it does not run."""
-    if str(python) == sys.executable:
-        return f"{sys.version_info[0]}.{sys.version_info[1]}"
     code = "import sys; print('%d.%d' % sys.version_info[:2])"
     try:
         return subprocess.check_output([str(python), "-c", code], stderr=-3, text=True).strip()
@@ -163,10 +161,3 @@ def _add_to_path(python: Path) -> None:
         "if not file.exists() or file.read_text() != sys.argv[1]: file.write_text(sys.argv[1])"
     )
     subprocess.run([str(python), "-c", code, f"{ROOT}\n"], check=True)
-
-
-def show_line(text: str) -> None:
-    """Replaces the terminal's last line; does nothing where the output is no terminal."""
-    if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r\033[K{text[:width]}", end="", flush=True)
