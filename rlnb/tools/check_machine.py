@@ -10,7 +10,6 @@ from __future__ import annotations  # for Python 3.9: see setup.py
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -46,25 +45,14 @@ class Report(list):
 
 def report() -> Report:
     """What works on this machine, a line each. It takes some seconds if it has to import Unsloth."""
-    return Report(map(_finding, LOOKS))
-
-
-def _finding(look) -> Finding:
-    try:
-        return Finding(look.__name__, *look())
-    except Exception as error:  # whatever is broken: that is when people ask a doctor
-        saw = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return Finding(look.__name__, saw, "problem", f"To mend the packages: {SETUP}")
-
-
-# --- the machine ---------------------------------------------------------------------------------
-
-
-def python() -> tuple[str, ...]:
-    saw, known = f"{sys.version.split()[0]} in {sys.prefix}", environments.PYTHONS
-    if f"{sys.version_info[0]}.{sys.version_info[1]}" not in known:
-        return saw, "problem", f"rlnb needs {known[0]} to {known[-1]}"
-    return (saw,)
+    found = Report()
+    for look in LOOKS:
+        try:
+            found.append(Finding(look.__name__, *look()))
+        except Exception as error:  # whatever is broken: that is when people ask a doctor
+            saw = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            found.append(Finding(look.__name__, saw, "problem", f"To mend the packages: {SETUP}"))
+    return found
 
 
 def cores() -> tuple[str, ...]:
@@ -74,109 +62,63 @@ def cores() -> tuple[str, ...]:
     quota = machine.container("cpu.max")
     if len(quota) == 2:
         count = min(count, max(1, quota[0] // quota[1]))
-    threads, given = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    saw = f"{threads} threads of torch on {count} cores"
-    if threads > count:
+    saw = f"{torch.get_num_threads()} threads of torch on {count} cores"
+    if torch.get_num_threads() > count:
         return saw, "advice", f"They are in each other's way: set OMP_NUM_THREADS={count}"
-    if given and 2 * threads <= count:
-        return saw, "advice", f"OMP_NUM_THREADS={given} leaves cores idle"
     return (saw,)
 
 
-def memory() -> tuple[str, ...]:
-    import psutil
-
-    total = psutil.virtual_memory().total / GB
-    return _enough(machine.free_memory() / GB, f"of {total:.1f} GB free", MEMORY, "Shut down other kernels")
-
-
-def disk() -> tuple[str, ...]:
+def space() -> tuple[str, ...]:
     place = Path(os.environ.get("RLNB_RUNS", environments.ROOT)).absolute()
     place = next(p for p in (place, *place.parents) if p.exists())
-    free = shutil.disk_usage(place).free / GB
-    return _enough(free, "GB free for runs", DISK, f"Delete old runs in {place}, or set RLNB_RUNS")
-
-
-def _enough(free: float, saw: str, limits: tuple[float, float], do: str) -> tuple[str, ...]:
-    saw = f"{free:.1f} {saw}"
-    return (saw,) if free >= limits[1] else (saw, "problem" if free < limits[0] else "advice", do)
+    memory, disk = machine.free_memory() / GB, shutil.disk_usage(place).free / GB
+    saw = f"{memory:.1f} GB of memory and {disk:.1f} GB of disk free"
+    if memory >= MEMORY[1] and disk >= DISK[1]:
+        return (saw,)
+    level = "problem" if memory < MEMORY[0] or disk < DISK[0] else "advice"
+    return saw, level, f"Shut down other kernels, or delete old runs in {place}"
 
 
 def gpu() -> tuple[str, ...]:
     import torch
 
-    cards = ""  # name and driver of each
-    if shutil.which("nvidia-smi"):
-        ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        said = subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout
-        cards = "; ".join(said.replace(",", " with driver").splitlines())
-    build = f"torch is built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPUs'}"
     if torch.cuda.is_available():
         free, total = (size / GB for size in torch.cuda.mem_get_info())
-        saw = f"{cards or torch.cuda.get_device_name()}: {free:.1f} of {total:.1f} GB free; {build}"
+        saw = f"{torch.cuda.get_device_name()}: {free:.1f} of {total:.1f} GB free; CUDA {torch.version.cuda}"
         fast = importlib.util.find_spec("vllm")
         return (saw,) if fast else (saw, "advice", f"With vLLM it samples much faster: {SETUP} --kind gpu")
-    if not cards:
-        return (f"none, and the practice model needs none; {build}",)
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    do = "CUDA_VISIBLE_DEVICES hides it" if hidden else f"Look at the driver, or {SETUP} --kind gpu"
-    return f"{cards}, unused; {build}", "advice", do
-
-
-def bf16() -> tuple[str, ...]:
-    import torch
-
-    if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return ("in the GPU's hardware",)
-        return "not in the GPU's hardware", "advice", "Train with bf16=False, fp16=True"
-    known = machine.cpu_bf16()
-    if known == set():
-        return "no instructions of the CPU", "advice", "Train with bf16=False, which is faster here"
-    return (", ".join(sorted(known or ["this system does not tell"])),)
-
-
-# --- the packages --------------------------------------------------------------------------------
+    if shutil.which("nvidia-smi"):
+        do = f"Look at its driver and CUDA_VISIBLE_DEVICES, or {SETUP} --kind gpu"
+        return f"torch {torch.__version__} sees none, but there is nvidia-smi", "advice", do
+    return ("none, and the practice model needs none",)
 
 
 def backend() -> tuple[str, ...]:
-    """Imports Unsloth: here if it already is here, else in another process, which may crash."""
-    if "unsloth" in sys.modules:
-        from rlnb.model import backend
+    """Imports Unsloth."""
+    from rlnb.model import backend
 
-        return (backend(),)
-    ask = "from rlnb.model import backend; import torch; print(backend(), torch.cuda.is_available())"
-    path = os.pathsep.join(filter(None, [str(environments.ROOT), os.environ.get("PYTHONPATH")]))
-    own = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=300, env=own)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-        return last[:300], "problem", f"To set it up anew: {SETUP}"
-    kind, cuda = done.stdout.split()[-2:]
-    if kind == "plain" and cuda == "False" and metadata.version("trl").startswith("1.15."):
-        saw = f"plain, with trl {metadata.version('trl')}"
-        return saw, "problem", f"On a CPU that trains with Unsloth only: {SETUP} --kind plain"
-    return (kind,)
+    import torch
+
+    trl = metadata.version("trl")
+    if backend() == "plain" and not torch.cuda.is_available() and trl.startswith("1.15."):
+        return f"plain, with trl {trl}", "problem", f"On a CPU that trains with Unsloth only: {SETUP} --kind plain"
+    return (backend(),)
 
 
 def versions() -> tuple[str, ...]:
     """Against the requirement files of the kind of environment that this one is."""
+    saw = f"Python {sys.version.split()[0]} in {sys.prefix}"
     if not (environments.ROOT / "requirements.txt").exists():
-        return ("rlnb comes from a wheel, and pip has seen to the rest",)
+        return (f"{saw}; rlnb comes from a wheel, and pip has seen to the rest",)
     kinds = {"gpu": "vllm", "unsloth": "unsloth", "plain": "sys"}
     kind = next(kind for kind, mark in kinds.items() if importlib.util.find_spec(mark))
-    tested, missing, other = environments.pins(kind), [], []
-    for name, version in tested.items():
-        try:
-            found = metadata.version(name).split("+")[0]
-            other += [f"{name} {found}, tested {version}"] if found != version else []
-        except metadata.PackageNotFoundError:
-            missing.append(name)
-    if missing:
-        return f"missing: {', '.join(missing)}", "problem", f"To install them: {SETUP}"
-    if other:
-        return "; ".join(other), "advice", f"If something fails, take the tested ones: {SETUP}"
-    return (f"the {len(tested)} tested ones ({kind})",)
+    found = environments.differences(kind)
+    if missing := [name for name, version in found.items() if version is None]:
+        return f"{saw}, missing: {', '.join(missing)}", "problem", f"To install them: {SETUP}"
+    if found:
+        other = ", ".join(f"{name} {version}" for name, version in found.items())
+        return f"{saw}; not as tested: {other}", "advice", f"If something fails, take the tested ones: {SETUP}"
+    return (f"{saw}, the tested packages ({kind})",)
 
 
-LOOKS = (python, cores, memory, disk, gpu, bf16, backend, versions)
+LOOKS = (versions, cores, space, gpu, backend)

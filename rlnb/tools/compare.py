@@ -115,10 +115,10 @@ def _usual_runs(settings: str, seed: int) -> list[runs.Run]:
 # --- one row -------------------------------------------------------------------------------------
 
 
-def row(name: str, seed: int, run: runs.Run | None = None) -> dict[str, Any]:
-    """What one method taught with one seed. run: measure this one and train none."""
+def row(name: str, seed: int) -> dict[str, Any]:
+    """What one method taught with one seed."""
     method = METHODS[name]
-    run = run or (method.train(seed) if method.train else None)
+    run = method.train(seed) if method.train else None
     found: dict[str, Any] = {"method": name, "seed": seed, "labels": run.labels if run else 0}
     if method.judged:
         found["labels"] = len(methods.gold_pairs(seed=seed, how="all"))
@@ -139,8 +139,8 @@ def tests() -> list[tuple[str, Problem]]:
 def _policy(model: Any, tokenizer: Any, sft: runs.Run) -> dict[str, Any]:
     """Accuracy of greedy answers on each split, and how far the policy is from its SFT model."""
     splits, tasks = zip(*tests(), strict=True)
-    report = evaluate.accuracy(model, tokenizer, tasks)
-    found = counts(splits, [one["strict"] for one in report.rows], [one["tokens"] for one in report.rows])
+    rows = evaluate.accuracy(model, tokenizer, tasks).rows
+    found = counts(splits, [one["strict"] for one in rows], [one["tokens"] for one in rows])
     moved = moved_from(sft, model, tokenizer, [p for split, p in tests() if split == "id"])
     return found | {"kl": round(moved.mean, 4), "kl_error": round(moved.error, 4)}
 
@@ -192,8 +192,8 @@ def shares(rows: Rows, name: str, split: str = "id") -> dict[int, float]:
 
 
 def strict(rows: Rows, name: str, split: str = "id", widen: float = 1.0) -> Estimate:
-    """Strict accuracy of a method on a split."""
-    mean, low, _ = (x / 100 for x in over_seeds(list(shares(rows, name, split).values())))
+    """Strict accuracy of a method on a split, as a share."""
+    mean, low, _ = (x / 100 for x in over_seeds([*shares(rows, name, split).values()]))
     half = (mean - low) * widen
     return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
 
@@ -210,7 +210,7 @@ def points(rows: Rows, column: str) -> dict[str, tuple[float | None, Estimate]]:
     found = {}
     for name in (name for name in _names(rows) if name != "base"):
         x = _median(rows, name, column)
-        found[name] = (x if x or column == "kl" else None, over_seeds(list(shares(rows, name).values())))
+        found[name] = (x if x or column == "kl" else None, over_seeds([*shares(rows, name).values()]))
     return found
 
 
@@ -223,13 +223,8 @@ def _median(rows: Rows, name: str, column: str) -> float:
     return median(r[column] for r in rows if r["method"] == name)
 
 
-@dataclass(frozen=True)
-class Gain:
+class Gain(Estimate):
     """A difference in points, and what its interval allows to say."""
-
-    mean: float
-    low: float
-    high: float
 
     @property
     def verdict(self) -> str:
@@ -265,7 +260,7 @@ def by_split(rows: Rows) -> str:
     """A table of strict accuracy on each of the held-out sets, as mean and half of its interval."""
     lines = ["| | " + " | ".join(f"`{split}`" for split in SPLITS) + " |", "|---|" + "---|" * len(SPLITS)]
     for name in _names(rows):
-        means = [over_seeds(list(shares(rows, name, split).values())) for split in SPLITS]
+        means = [over_seeds([*shares(rows, name, split).values()]) for split in SPLITS]
         lines.append(f"| {name} | " + " | ".join(f"{m.mean:.1f} ± {m.high - m.mean:.1f}" for m in means) + " |")
     return "\n".join(lines)
 
@@ -291,10 +286,8 @@ def main(arguments: Any, rest: Sequence[str] = ()) -> int:
     os.environ["RLNB_PROFILE"] = "cpu"
     out = OUT if model_name() == PRACTICE else runs.root() / f"methods-{Path(model_name()).name}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = experiments.run_grid(
-        row, arguments.only or METHODS, arguments.seeds, out, resume=arguments.resume, jobs=arguments.jobs,
-        first="SFT", say=lambda r: f"seed {r['seed']}, {r['method']}, {strict([r], r['method'])}",
-    )  # fmt: skip
+    wanted, options = arguments.only or METHODS, {"resume": arguments.resume, "jobs": arguments.jobs}
+    rows = experiments.run_grid(row, wanted, arguments.seeds, out, first="SFT", **options)
     draw(rows, out.with_suffix(".png"))
     print(f"{table(rows)}\n\n{by_split(rows)}")
     return 0

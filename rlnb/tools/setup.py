@@ -41,7 +41,7 @@ def ensure(arguments: list[str]) -> None:
     if not (ROOT / "requirements.txt").exists():
         return  # installed from a wheel: pip has seen to the packages
     kind, state = _read_stamp(Path(sys.prefix))
-    if (kind and state == _fingerprint(kind, _version(sys.executable))) or any(map(_pinned_here, STEPS)):
+    if (kind and state == _fingerprint(kind, _version(sys.executable))) or not all(map(differences, STEPS)):
         return
     become([str(setup(VENV)), "-m", "rlnb", *arguments])
 
@@ -70,32 +70,40 @@ def setup(prefix: Path | None, kind: str | None = None) -> Path:
     if (was, state) == (kind, _fingerprint(kind, version)):
         _add_to_path(python)  # again, for a checkout that has moved
         return python
-    afresh = version not in PYTHONS or state == UNFINISHED or was not in (None, kind)
-    base = _base_python() if prefix and afresh else None
-    if version not in PYTHONS and not base:
-        sys.exit(f"rlnb needs Python {PYTHONS[0]} to {PYTHONS[-1]}; {python} is {version}.")
+    afresh = prefix and (version not in PYTHONS or state == UNFINISHED or was not in (None, kind))
+    version = _version(sys.executable) if afresh else version
+    if version not in PYTHONS:
+        sys.exit(f"rlnb needs Python {PYTHONS[0]} to {PYTHONS[-1]}: this is {version}. Install one and use it, "
+                 "as in `make PYTHON=python3.12 run`, or: conda env create -f environment.yml")
     print(f"Setting up {folder} ({kind}); this takes minutes the first time.", flush=True)
-    if kind == "unsloth" and shutil.which("nvidia-smi"):
-        print("For the GPU of this machine: python -m rlnb setup --kind gpu", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    old = [path for path in folder.iterdir() if path.name != STAMP]
-    if base and old and not any((folder / name).exists() for name in ("pyvenv.cfg", STAMP)):
-        sys.exit(f"{folder} holds other files: give --venv a new or an empty folder.")
+    if afresh:
+        _make(folder, kind)
     (folder / STAMP).write_text(f"{kind} {UNFINISHED}")  # now, for what is killed halfway
-    if base:
-        for path in old:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        # Its output is held: on Ctrl-C it would tell of its own interrupt with a traceback.
-        made = subprocess.run([base, "-m", "venv", str(folder)], capture_output=True, text=True)
-        if made.returncode:
-            sys.exit(f"{base} could not make {folder}:\n{made.stdout}{made.stderr}")
-        version = _version(python)
     for step in STEPS[kind]:
-        _pip_install(python, step, folder / "rlnb-setup.log")
+        command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *step]
+        if subprocess.call(command, cwd=ROOT):
+            sys.exit(f"{' '.join(command)}\nfailed: see above.")
     _add_to_path(python)
     (folder / STAMP).write_text(f"{kind} {_fingerprint(kind, version)}")
     print(f"Ready after {time.monotonic() - began:.0f} s.", flush=True)
     return python
+
+
+def _make(folder: Path, kind: str) -> None:
+    """A virtual environment of this Python, in the place of the one that is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    old = [path for path in folder.iterdir() if path.name != STAMP]
+    if old and not any((folder / name).exists() for name in ("pyvenv.cfg", STAMP)):
+        sys.exit(f"{folder} holds other files: give --venv a new or an empty folder.")
+    (folder / STAMP).write_text(f"{kind} {UNFINISHED}")
+    for path in old:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    base = getattr(sys, "_base_executable", sys.executable)  # not the one that was in the folder
+    # Its output is held: on Ctrl-C it would tell of its own interrupt with a traceback.
+    made = subprocess.run([base, "-m", "venv", str(folder)], capture_output=True, text=True)
+    if made.returncode:
+        sys.exit(f"{base} could not make {folder}:\n{made.stdout}{made.stderr}"
+                 "An environment of your own will do too: python -m rlnb setup --here")
 
 
 def interpreter(prefix: Path) -> Path:
@@ -105,28 +113,11 @@ def interpreter(prefix: Path) -> Path:
 
 def _version(python: Path | str) -> str | None:
     """Asks an interpreter for its version, "3.11"; None if there is none or it does not run."""
-    if str(python) == sys.executable:
-        return f"{sys.version_info[0]}.{sys.version_info[1]}"
     code = "import sys; print('%d.%d' % sys.version_info[:2])"
     try:
         return subprocess.check_output([str(python), "-c", code], stderr=-3, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _base_python() -> str:
-    """A supported Python that can make virtual environments: this one, or one on the PATH."""
-    own = getattr(sys, "_base_executable", sys.executable)  # not .venv's, which is about to go
-    candidates = (own, *filter(None, (shutil.which(f"python{version}") for version in PYTHONS)))
-    python = next((p for p in candidates if _version(p) in PYTHONS), None)
-    if python is None:
-        sys.exit(f"rlnb needs Python {PYTHONS[0]} to {PYTHONS[-1]}: this is {_version(sys.executable)} "
-                 "and the PATH has none of those.\nInstall one, or: conda env create -f environment.yml")
-    if subprocess.run([python, "-c", "import ensurepip"], capture_output=True).returncode:
-        sys.exit(f"{python} can't make virtual environments: it has no ensurepip.\n"
-                 f"On Debian and Ubuntu: apt install python{_version(python)}-venv\n"
-                 "Or use an environment of your own: python -m rlnb setup --here")
-    return python
 
 
 def _read_stamp(folder: Path) -> tuple[str | None, str | None]:
@@ -145,37 +136,21 @@ def _fingerprint(kind: str, version: str | None) -> str:
     return digest.hexdigest()
 
 
-def pins(kind: str) -> dict[str, str]:
-    """Package -> version that a kind of environment has; the later file wins, as with pip."""
-    texts = ((ROOT / step[-1]).read_text(encoding="utf-8") for step in STEPS[kind])
-    return {name: pin for text in texts for name, pin in re.findall(r"(?m)^([\w.-]+)==([\w.]+)", text)}
-
-
-def _pinned_here(kind: str) -> bool:
-    """Whether this Python has the versions of a kind of environment, whoever installed them."""
+def differences(kind: str) -> dict[str, str | None]:
+    """Package -> version here, None if there is none, where it is not that of a kind of environment."""
     from importlib import metadata  # 30 ms, and seldom needed
 
-    try:
-        return all(metadata.version(name).split("+")[0] == pin for name, pin in pins(kind).items())
-    except metadata.PackageNotFoundError:
-        return False
-
-
-def _pip_install(python: Path, arguments: tuple[str, ...], log: Path) -> None:
-    """Runs pip. Its talk goes to the log; a terminal shows the latest line, a failure the last."""
-    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
-    tail = []
-    with log.open("a", encoding="utf-8") as file, subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
-        errors="replace", env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    ) as process:  # fmt: skip
-        for line in process.stdout:
-            file.write(line)
-            tail = [*tail[-11:], line]
-            show_line(line.strip())
-    show_line("")
-    if process.returncode:
-        sys.exit(f"{' '.join(command)}\nfailed. All of it: {log}. The end:\n\n{''.join(tail)}")
+    found: dict[str, str | None] = {}
+    texts = ((ROOT / step[-1]).read_text(encoding="utf-8") for step in STEPS[kind])
+    pins = {name: pin for text in texts for name, pin in re.findall(r"(?m)^([\w.-]+)==([\w.]+)", text)}
+    for name, pin in pins.items():  # of the later file, as with pip
+        try:
+            here = metadata.version(name).split("+")[0]
+        except metadata.PackageNotFoundError:
+            here = None
+        if here != pin:
+            found[name] = here
+    return found
 
 
 def _add_to_path(python: Path) -> None:
@@ -186,10 +161,3 @@ def _add_to_path(python: Path) -> None:
         "if not file.exists() or file.read_text() != sys.argv[1]: file.write_text(sys.argv[1])"
     )
     subprocess.run([str(python), "-c", code, f"{ROOT}\n"], check=True)
-
-
-def show_line(text: str) -> None:
-    """Replaces the terminal's last line; does nothing where the output is no terminal."""
-    if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r\033[K{text[:width]}", end="", flush=True)

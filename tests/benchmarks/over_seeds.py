@@ -20,10 +20,8 @@ def rows_over_seeds(doc: str, out: Path, methods: Sequence[str], measure: Callab
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     arguments = parser.parse_args()
     os.environ["RLNB_PROFILE"] = "cpu"
-    return experiments.run_grid(
-        measure, methods, arguments.seeds, out, resume=arguments.resume, jobs=arguments.jobs,
-        say=lambda new: f"seed {(new if isinstance(new, dict) else new[-1])['seed']}",
-    )  # fmt: skip
+    options = {"resume": arguments.resume, "jobs": arguments.jobs}
+    return experiments.run_grid(measure, methods, arguments.seeds, out, **options)
 
 
 def figure(values: Sequence[float], shown: str = "{:.1f}", unit: str = " %") -> str:

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from textwrap import indent
 
 import nbformat
 import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from rlnb.record import runs
 from rlnb.tools import notebooks
 from rlnb.tools.setup import ROOT
 
@@ -46,7 +46,7 @@ def test_a_notebook_runs_here_and_is_written_back_clean(tmp_path, out, capsys, m
     assert notebooks.execute_all([str(path)], out=out, write=True) == 0
     printed = capsys.readouterr().out
     assert "lesson: " in printed and (out / "lesson.html").as_uri() in printed
-    assert "sft 33.3 %" in printed and re.search(r"^1 of 1 in \d+ s$", printed, re.MULTILINE)
+    assert "sft 33.3 %" in printed and re.search(r"^1 of 1 in \d+ s, 1 at a time$", printed, re.MULTILINE)
     assert "(a widget, alive in JupyterLab)" in (out / "lesson.html").read_text()
 
     notebook = nbformat.read(path, as_version=4)
@@ -65,13 +65,12 @@ def test_a_notebook_runs_here_and_is_written_back_clean(tmp_path, out, capsys, m
 
 
 def test_a_failure_is_named_and_does_not_stop_the_rest(tmp_path, out, capsys):
-    bad = write(tmp_path, "bad", "x = 1", "x\n" * 7 + "1 / 0", "never")
+    bad = write(tmp_path, "bad", "x = 1", "1 / 0", "never")
     good = write(tmp_path, "good", "1")
     before = bad.read_text()
     assert notebooks.execute_all([str(bad), str(good)], out=out, write=True) == 1
     printed = capsys.readouterr().out
-    assert "FAILED in cell 2 of 3\n    x\n" in printed
-    assert "    ...\n  ZeroDivisionError: division by zero" in printed
+    assert "FAILED in cell 2 of 3: ZeroDivisionError: division by zero\n" in printed
     assert bad.read_text() == before
     assert "ZeroDivisionError" in (out / "bad.html").read_text()
     assert nbformat.read(good, as_version=4).cells[1].execution_count == 1
@@ -91,8 +90,8 @@ def test_two_at_a_time(tmp_path, out, capsys):
     assert notebooks.execute_all([str(path) for path in paths], out=out, write=True, jobs=2) == 1
     printed = capsys.readouterr().out
     assert "wrong: " in printed and "ZeroDivisionError" in printed
-    assert re.search(r"^3 of 3 in \d+ s, 2 at a time, a core each$", printed, re.MULTILINE)
-    table = printed[printed.index("notebook  seconds") :].splitlines()
+    assert re.search(r"^3 of 3 in \d+ s, 2 at a time$", printed, re.MULTILINE)
+    table = printed[printed.index("notebook ") :].splitlines()
     assert [line.split()[0] for line in table[1:4]] == ["one", "two", "wrong"]
     assert nbformat.read(paths[0], as_version=4).cells[1].outputs[0].text == "1\n"
 
@@ -114,65 +113,79 @@ def test_a_kernel_that_dies_is_a_failure(tmp_path, out, capsys, monkeypatch):
     assert "FAILED in cell 1 of 1" in capsys.readouterr().out
     # This one does not even start.
     (tmp_path / "ipykernel_launcher.py").write_text("raise SystemExit(1)")
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     assert notebooks.execute_all([str(path)], out=out) == 1
-    assert "FAILED before the first cell\n  RuntimeError: Kernel died" in capsys.readouterr().out
-    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    assert "FAILED before the first cell: Kernel died" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", "<<<<<<< HEAD", "\xff"])
+@pytest.mark.parametrize("text", ["", "[1]", "\xff"])
 def test_what_is_no_notebook_is_named_and_does_not_stop_the_rest(tmp_path, out, capsys, text):
     bad, good = tmp_path / "bad.ipynb", write(tmp_path, "good", "1")
     bad.write_text(text, encoding="latin-1")
     assert notebooks.execute_all([str(bad), str(good)], out=out, write=True) == 1
     printed = capsys.readouterr().out
-    assert f"bad: 0.0 s, FAILED, no notebook\n  {bad}: " in printed and "2 of 2 in" in printed
+    assert f"bad: 0.0 s, FAILED, no notebook: {bad}: " in printed and "2 of 2 in" in printed
     assert [path.name for path in out.iterdir()] == ["good.html"]
 
 
 SLEEP = "import time\ntime.sleep(600)"
-CAUGHT = "try:\n    time.sleep(600)\nexcept KeyboardInterrupt: pass"
+TRAINING = """
+import pathlib, time
+from rlnb.record import runs
+with runs.start("sft") as run:
+    run.on_interrupt = lambda: (time.sleep(4), run.log(1, saved=1))
+    pathlib.Path("started").touch()
+    time.sleep(600)
+"""
+STUBBORN = """
+import pathlib, time
+while True:
+    try:
+        pathlib.Path("started").touch()
+        time.sleep(600)
+    except KeyboardInterrupt:
+        pass
+"""
 
 
-@pytest.mark.parametrize("jobs", "12")
-@pytest.mark.parametrize(
-    ("signals", "wait"), [(1, SLEEP), (1, CAUGHT), (2, f"while True:\n{indent(CAUGHT, '  ')}")]
-)
-def test_ctrl_c_ends_the_cell_and_the_kernel(tmp_path, out, signals, wait, jobs):
-    first = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\n"
-    paths = [write(tmp_path, "long", first + wait, "time.sleep(600)"), write(tmp_path, "next", SLEEP)]
-    command = [sys.executable, "-m", "rlnb", "run", *map(str, paths), "--out", str(out)]
-    command += ["--jobs", jobs]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=subprocess.STDOUT, text=True)
-    pid = tmp_path / "pid"
-    while not (pid.exists() and pid.read_text()):
-        assert process.poll() is None
-        time.sleep(0.05)
-    for _ in range(signals):
-        time.sleep(1)
-        process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=600)
-    assert process.returncode == 130 and "Traceback" not in printed
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
-    assert not out.exists()
-
-
-@pytest.mark.parametrize("jobs", "12")
-def test_ctrl_c_while_a_kernel_starts_ends_both(tmp_path, out, jobs):
-    paths = [write(tmp_path, name, SLEEP) for name in ("one", "two")]
-    command = [sys.executable, "-m", "rlnb", "run", *map(str, paths), "--out", str(out)]
-    command += ["--jobs", jobs]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=subprocess.STDOUT, text=True)
-    while not (started := psutil.Process(process.pid).children()):
+def interrupted(paths, out, jobs, ready, send, times=1) -> str:
+    """What `rlnb run` prints that is interrupted as soon as it is ready; nothing of it is left."""
+    command = [sys.executable, "-m", "rlnb", "run", *map(str, paths), "--out", str(out), "--jobs", str(jobs)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True)  # fmt: skip
+    while not ready(process):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=600)
+    started = psutil.Process(process.pid).children(recursive=True)
+    for _ in range(times):
+        send(process.pid, signal.SIGINT)
+        time.sleep(1)
+    printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and printed.endswith("Interrupted.\n")
-    assert "FAILED" not in printed and "Traceback" not in printed
-    _, alive = psutil.wait_procs(started, timeout=20)  # what counts semaphores ends after us
-    assert alive == [] and not out.exists()
+    assert "FAILED" not in printed and not out.exists()
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert alive == []
+    return printed
+
+
+@pytest.mark.parametrize(("jobs", "send"), [(1, os.killpg), (2, os.kill)])
+def test_ctrl_c_ends_a_training_that_saves_what_it_learnt(tmp_path, out, jobs, send):
+    paths = [write(tmp_path, "long", TRAINING, "1"), write(tmp_path, "next", SLEEP)]
+    printed = interrupted(paths, out, jobs, lambda _: (tmp_path / "started").exists(), send)
+    assert "Traceback" not in printed
+    (run,) = runs.find()
+    assert run.status == "interrupted" and run.curve()[-1]["saved"] == 1
+
+
+def test_a_second_ctrl_c_kills_what_does_not_end(tmp_path, out):
+    paths = [write(tmp_path, "stubborn", STUBBORN), write(tmp_path, "next", SLEEP)]
+    interrupted(paths, out, 2, lambda _: (tmp_path / "started").exists(), os.killpg, times=2)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_while_a_kernel_starts_ends_both(tmp_path, out, jobs):
+    """The kernel may say of itself where it was: that is not held against it."""
+    paths = [write(tmp_path, name, SLEEP) for name in ("one", "two")]
+    interrupted(paths, out, jobs, lambda process: psutil.Process(process.pid).children(), os.kill)
 
 
 def test_names_are_found_and_a_wrong_one_is_told(tmp_path, monkeypatch):
