@@ -20,14 +20,14 @@ METHODS = ("sft", "reward_model", "ppo", "rloo", "dpo", "kto", "orpo", "grpo")  
 # What `test` runs, python -m before each; PLAIN is the Python of the other environment, HTML a folder.
 STAGES = {
     "lint": ["ruff check rlnb tests notebooks"],
-    "unit": ["pytest tests"],
-    "notebooks": ["pytest -p no:python --nbval-lax --nbval-current-env notebooks"],
+    "unit": ["pytest -n 2 --dist loadfile tests"],
+    "notebooks": ["pytest -p no:python --nbval-lax --nbval-current-env -n 2 --dist loadfile notebooks"],
     "learning": ["rlnb run --out HTML", "pytest -s tests/learning"],
-    "plain": ["rlnb setup --kind plain --venv .venv-plain", "PLAIN pytest tests",
+    "plain": ["rlnb setup --kind plain --venv .venv-plain", "PLAIN pytest -n 2 --dist loadfile tests",
               "PLAIN rlnb run --out HTML 02_sft 08_grpo"],
     "browser": ["pip install -q -r requirements-browser.txt", "pytest tests/browser"],
 }  # fmt: skip
-MISTAKES = (ValueError, TypeError, FileNotFoundError, ChildProcessError)  # told in a line, without a traceback
+MISTAKES = (ValueError, TypeError, OSError, ImportError)  # whose words suffice
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,16 +47,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
-    except MISTAKES as error:
-        if os.environ.get("RLNB_DEBUG"):
+    except Exception as error:
+        if arguments.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        kind = "" if isinstance(error, MISTAKES) else f"{type(error).__name__}, which python -m rlnb --debug locates: "
+        print(f"error: {kind}{error}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m rlnb", description="The workbook's commands.",
-                                     epilog="RLNB_DEBUG=1 shows where an error came up.")  # fmt: skip
+    parser = argparse.ArgumentParser(prog="python -m rlnb", description="The workbook's commands.")
+    parser.add_argument("--debug", action="store_true", help="show where an error came up")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def command(name, do, about):  # do: a function, or the module whose main it is
@@ -84,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--from", dest="start", help="base, sft, or the folder of an adapter")
     add("--rank", type=int, help="of a new adapter")
+    add("--alpha", type=float, help="of a new adapter")
+    add("--resume", metavar="RUN", help="go on with a run that ended early; only the method stands beside it")
     add("--set", action="append", default=[], metavar="NAME=VALUE",
         help="an argument of the method's TRL config, like beta=0.5; may be given again")  # fmt: skip
     add = command("compare", "rlnb.tools.compare", "all methods over seeds: writes data/results/methods.csv")
@@ -94,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command("pretrain", "rlnb.tools.pretrain", "build the practice model from nothing, 50 minutes")
     add("--out", type=Path, default=ROOT / "data" / "abacus-3m", help="default: data/abacus-3m")
     add("--seed", type=int, default=0)
+    add("--maturity", choices=("young", "middle", "full"), default="full", help="a quarter, half or all of the text")
     add("--card-only", action="store_true", help="measure the model in --out anew")
     add = command("data", _data, "write data/problems/ anew")
     add("--preferences", action="store_true", help="data/preferences/ too: samples an SFT model")
@@ -138,11 +142,14 @@ def _train(arguments, rest) -> int:
     from dataclasses import replace
 
     from rlnb.record import runs
-    from rlnb.train import adapter, train
+    from rlnb.train import adapter, methods, train
 
-    lora = replace(adapter(arguments.method), rank=arguments.rank) if arguments.rank is not None else None
-    settings = dict(map(_setting, arguments.set))
-    run = train(arguments.method, arguments.seed, start=arguments.start, lora=lora, **settings)
+    if arguments.resume:
+        run = methods.resume(arguments.resume, arguments.method)
+    else:
+        given = {name: getattr(arguments, name) for name in ("rank", "alpha") if getattr(arguments, name) is not None}
+        lora, settings = replace(adapter(arguments.method), **given), dict(map(_setting, arguments.set))
+        run = train(arguments.method, arguments.seed, start=arguments.start, lora=lora, **settings)
     if run.folder.parent == runs.root():  # else another process of the same training tells it
         print(runs.table([run]).to_string(index=False))
     return 0
@@ -194,6 +201,7 @@ def _passes(words: list[str], stage: str, runs: str) -> bool:
     words = [str(Path(runs, "html")) if word == "HTML" else word for word in words]
     profile = "cpu" if stage == "learning" else "smoke"
     own = {"PYTHONPATH": str(ROOT), "RLNB_RUNS": runs, "RLNB_PROFILE": profile, "HF_HUB_OFFLINE": "1"}
+    own |= {"OMP_NUM_THREADS": "1"} if "-n" in words else {}  # two processes, a core each
     return subprocess.call([python, "-m", *words], cwd=ROOT, env={**os.environ, **own}) == 0
 
 

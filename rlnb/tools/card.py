@@ -29,6 +29,7 @@ def save(model: Any, tokenizer: Any, facts: dict, out: Path) -> None:
     for file in partial.iterdir():
         file.replace(out / file.name)
     partial.rmdir()
+    (out / "resume.pt").unlink(missing_ok=True)
 
 
 def write(folder: Path) -> None:

@@ -5,8 +5,8 @@ many styles of answer, of which the tagged one is rare. So the base model knows 
 which is what fine-tuning needs. What a solver gets wrong depends on the kind of problem and on nothing else:
 no style and no context tells a careful writer from a careless one.
 
-    python -m rlnb pretrain                                # the model that ships, about 50 minutes on two cores
-    python -m rlnb pretrain --seed 1 --out runs/abacus-1   # a relative
+    python -m rlnb pretrain                          # the model that ships, about 50 minutes on two cores
+    python -m rlnb pretrain --maturity young --seed 1 --out runs/abacus-young-1
 """
 
 import math
@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
+from pathlib import Path
 from typing import Any
 
 from rlnb.task import problems
@@ -22,7 +22,7 @@ from rlnb.tools import card
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm.auto import trange
+from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END, PAD, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
@@ -36,6 +36,7 @@ CHAT_TEMPLATE = (
 )
 # Numbers digit by digit; an operator with its blanks, a tag and a word are one piece each.
 PIECES = r" [-+*/=] |[0-9]|</?[a-z]+>|<\||\|>|; | ?[A-Za-z']+| ?[^\sA-Za-z0-9<]+|\s|<"
+MATURITIES = {"young": 0.25, "middle": 0.5, "full": 1.0}
 TAGGED = 0.03  # share of answers in the strict format
 # Shares of numbers of one, two, three and four digits in drills: short ones first, they teach the
 # tables that long ones stand on; long ones later, the stories need them.
@@ -166,18 +167,21 @@ def build_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
 
 
 def batches(
-    tokenizer: Any, settings: Settings, seed: int, exclude: set[tuple], stage: int
+    tokenizer: Any, settings: Settings, seed: int | str, exclude: set[tuple], stage: int, start: int = 0
 ) -> Iterator[torch.Tensor]:
-    """Endless (rows, length) int64 batches of a stage. Each depends on seed, stage and its number alone."""
-    part, size = settings.stages[stage], settings.rows * settings.length
+    """Endless (rows, length) int64 batches of a stage. Each depends on seed, stage and its number alone,
+    so resuming is exact.
+    """
+    part, size, step = settings.stages[stage], settings.rows * settings.length, start
     early = part.early * settings.steps(part)
-    for step in count():
+    while True:
         rng, ids = random.Random(f"{seed}-{stage}-{step}" if stage else f"{seed}-{step}"), []
         sheets = part.early_sheets if step < early else part.sheets
         while len(ids) < size:
             texts = [document(rng, exclude, sheets, part.digits) for _ in range(128)]
             ids += [i for row in tokenizer(texts, add_special_tokens=False).input_ids for i in row]
         yield torch.tensor(ids[:size]).view(settings.rows, settings.length)
+        step += 1
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -204,37 +208,86 @@ def _optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.optim
     return [muon, adam]
 
 
-def train(settings: Settings, seed: int) -> tuple[Any, Any, dict]:
-    """Pretrains from nothing and returns (model, tokenizer, facts)."""
-    exclude, tokenizer, began = test_keys(), build_tokenizer(settings), time.perf_counter()
+def held_out_loss(model: LlamaForCausalLM, tokenizer: Any, settings: Settings, exclude: set[tuple]) -> float:
+    """Mean cross-entropy in nats per token on 256 rows of the last stage, of a seed that no run uses."""
+    stream, losses = batches(tokenizer, settings, "held-out", exclude, len(settings.stages) - 1), []
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(math.ceil(256 / settings.rows)):
+            x = next(stream)
+            losses.append(model(input_ids=x, labels=x).loss.item())
+    return sum(losses) / len(losses)
+
+
+def train_step(model: LlamaForCausalLM, optimizers: list, x: torch.Tensor) -> torch.Tensor:
+    """One step of every optimizer on a (rows, length) batch; returns the loss, nats per token."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(input_ids=x, labels=x).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.detach()
+
+
+def train(out: Path, settings: Settings, seed: int, save_every: int = 100) -> tuple[Any, Any, dict]:
+    """Pretrains into ``out`` and returns (model, tokenizer, facts). Interrupted, it goes on where it was."""
+    out.mkdir(parents=True, exist_ok=True)
+    exclude, tokenizer = test_keys(), build_tokenizer(settings)
     model = build_model(settings, tokenizer, seed)
-    for number, stage in enumerate(settings.stages):
-        for parameter in model.parameters() if number else ():  # in the precision that ships
-            parameter.data.copy_(parameter.data.bfloat16())
-        optimizers = _optimizers(model, settings)  # no momentum from the stage before
-        steps = settings.steps(stage)
-        warm, fall = max(1, settings.warmup * steps), max(1, stage.decay * steps)
-        stream = batches(tokenizer, settings, seed, exclude, number)
-        for step, x in zip(trange(steps, desc=f"stage {number + 1}"), stream, strict=False):
-            rate = stage.rate * min(1.0, (step + 1) / warm, (steps - step) / fall)
-            for optimizer, lr in zip(optimizers, (settings.muon_lr, settings.adam_lr), strict=True):
-                optimizer.param_groups[0]["lr"] = lr * rate
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = model(input_ids=x, labels=x).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-    seconds = time.perf_counter() - began
+    at = {"stage": 0, "step": 0, "seconds": 0.0}  # how far the run is
+    if (out / "resume.pt").is_file():
+        state = torch.load(out / "resume.pt", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizers, at = _optimizers(model, settings), state["progress"]
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    while at["stage"] < len(settings.stages):
+        if at["step"] == 0:  # no momentum from before, and weights in the precision that ships
+            optimizers = _optimizers(model, settings)
+            for parameter in model.parameters() if at["stage"] else ():
+                parameter.data.copy_(parameter.data.bfloat16())
+        stream = batches(tokenizer, settings, seed, exclude, at["stage"], at["step"])
+        for _ in _stage_steps(model, optimizers, stream, settings, at):
+            if at["step"] % save_every == 0:
+                states = [optimizer.state_dict() for optimizer in optimizers]
+                weights = model.state_dict()
+                torch.save({"model": weights, "optimizers": states, "progress": at}, out / "resume.tmp")
+                (out / "resume.tmp").replace(out / "resume.pt")
+        at |= {"stage": at["stage"] + 1, "step": 0}
     tokens = sum(map(settings.steps, settings.stages)) * settings.rows * settings.length
-    facts = {"parameters": model.num_parameters(), "tokens": tokens, "minutes": round(seconds / 60, 1), "seed": seed}
+    facts = {
+        "parameters": model.num_parameters(), "tokens": tokens,
+        "minutes": round(at["seconds"] / 60, 1), "tokens_per_second": round(tokens / at["seconds"]),
+        "seed": seed, "held_out_loss": round(held_out_loss(model, tokenizer, settings, exclude), 4),
+    }  # fmt: skip
     return model.eval(), tokenizer, facts
+
+
+def _stage_steps(
+    model: LlamaForCausalLM, optimizers: list, stream: Iterator[torch.Tensor], settings: Settings, at: dict
+) -> Iterator[None]:
+    """Trains one stage; comes back after every step but the last one."""
+    stage = settings.stages[at["stage"]]
+    steps, first, began = settings.steps(stage), at["step"], time.perf_counter() - at["seconds"]
+    warm, fall = max(1, settings.warmup * steps), max(1, stage.decay * steps)
+    bar = tqdm(range(first, steps), f"stage {at['stage'] + 1}", steps, initial=first, unit="step")
+    for step, x in zip(bar, stream, strict=False):
+        rate = stage.rate * min(1.0, (step + 1) / warm, (steps - step) / fall)
+        for optimizer, lr in zip(optimizers, (settings.muon_lr, settings.adam_lr), strict=True):
+            optimizer.param_groups[0]["lr"] = lr * rate
+        loss = train_step(model, optimizers, x)
+        at |= {"step": step + 1, "seconds": time.perf_counter() - began}
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+        if step + 1 < steps:
+            yield
 
 
 def main(arguments: Any, rest: list[str]) -> int:
     """python -m rlnb pretrain"""
     if not arguments.card_only:
-        card.save(*train(Settings(), arguments.seed), arguments.out)
+        settings = Settings(tokens=round(Settings.tokens * MATURITIES[arguments.maturity]))
+        card.save(*train(arguments.out, settings, arguments.seed), arguments.out)
     card.write(arguments.out)
     return 0

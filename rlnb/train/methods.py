@@ -230,15 +230,15 @@ def _reward_names(method: str) -> list[str] | None:
     return names.get(method)
 
 
-def resume(id: str) -> runs.Run:
+def resume(id: str, method: str) -> runs.Run:
     """Goes on with a run of the registry that ended early, in the same settings, from its newest checkpoint.
 
-    Raises ValueError for a run that is done, that has no checkpoint, or that another model, profile, reward or
-    data set than the usual one began: that goes on where it was begun, with ``fit(..., resume=id)``.
+    Raises ValueError for a run of another method, that is done or has no checkpoint, and for one with another
+    model, profile, reward or data set than the usual: that goes on where it began, with ``fit(..., resume=id)``.
     """
     run = runs.load(id)
-    if run.status == "done" or run.method not in METHODS:
-        raise ValueError(f"run {id} is {run.status}, of {run.method}: there is nothing to go on with")
+    if run.status == "done" or run.method != method:
+        raise ValueError(f"run {id} is {run.status}, of {run.method}: there is no {method} to go on with")
     if (run.model, run.profile) != (here := (base_name(resolve(model_name())), profile())):
         raise ValueError(f"run {id} is of {run.model} in profile {run.profile}, and here are {here[0]} and {here[1]}: "
                          "set RLNB_MODEL and RLNB_PROFILE")  # fmt: skip

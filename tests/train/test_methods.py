@@ -73,11 +73,11 @@ def test_the_command_line_goes_on_with_a_run_as_it_was_begun(method):
     with pytest.raises(RuntimeError, match="gone"):
         train(method, start=sft, callbacks=[BreakAt(2)], **given)
     broken = runs.find(status="failed")[0]
-    again = methods.resume(broken.id)
+    again = methods.resume(broken.id, method)
     assert again.id == broken.id and again.status == "done" and again.parent == sft.id
     assert again.config == broken.config and [r["step"] for r in again.curve() if "loss" in r] == [1, 2, 3]
-    with pytest.raises(ValueError, match=r"is done, of .*: there is nothing to go on with"):
-        methods.resume(broken.id)
+    with pytest.raises(ValueError, match=rf"is done, of {method}: there is no {method} to go on with"):
+        methods.resume(broken.id, method)
 
 
 class BreakAt(TrainerCallback):
