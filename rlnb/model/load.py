@@ -19,7 +19,7 @@ from rlnb.model import attention
 from rlnb.model.backends import backend, quiet, say_once
 from rlnb.model.folders import base_name, load_weights, read_saved, resolve
 from rlnb.model.lora import (
-    INITS, MAX_LORA_RANK, LoRA, Saved, check_init, check_positive_int, check_rank, largest_rank, skeleton,
+    INITS, MAX_LORA_RANK, LoRA, check_positive_int, check_rank, largest_rank, skeleton,
     smallest_width, target_layers, vllm_rank,
 )  # fmt: skip
 from rlnb.profiles import PRACTICE
@@ -32,30 +32,27 @@ FILLED_IN = {"task_type", "peft_type", "base_model_name_or_path", "revision", "i
 
 
 def load_model(
-    name: str | os.PathLike[str] = PRACTICE, lora: LoRA | Saved | str | os.PathLike[str] | None = None, *,
+    name: str | os.PathLike[str] = PRACTICE, lora: LoRA | str | os.PathLike[str] | None = None, *,
     max_lora_rank: int = MAX_LORA_RANK, fast_inference: bool = False, max_seq_length: int | None = None,
-    dtype: str | torch.dtype | None = None, seed: int = 0, reference: bool = True,
+    dtype: str | torch.dtype | None = None, seed: int = 0,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Load a model and its tokenizer for TRL's trainers; print one line that says what it is.
 
-    name: see `resolve`. lora: see rlnb/model/lora.py; a path is a saved adapter, which goes on training.
+    name: see `resolve`. lora: LoRA(...) is a new adapter; the folder of a saved one goes on training, at its
+        own rank; None trains every parameter. seed: of the start of a new adapter.
     max_lora_rank: the largest rank that rollouts serve; the adapter's is checked against it.
     fast_inference: roll out with vLLM. On a CPU it says once that transformers does, and goes on.
     max_seq_length: in tokens; default: what the model takes, at most 2048.
     dtype: of the weights; default: float32 on a CPU, bfloat16 or float16 on a GPU.
-    seed: of the start of a new adapter.
-    reference: whether a method will take the model with its adapter off as the base, as everything in this
-        workbook does but SFT: `lora.check_init` then refuses some inits.
     Raises ValueError, FileNotFoundError or ImportError before any weight is loaded, but for a saved adapter
     whose weights do not fit.
     """
     # 1. check
-    base, kind, adapter, folder, rank = resolve(name), backend(), None, None, None
-    lora = Saved(lora) if isinstance(lora, str | os.PathLike) else lora
+    base, kind, adapter, folder = resolve(name), backend(), None, None
     config = AutoConfig.from_pretrained(base)
     if lora is not None:
-        adapter, folder = _adapter(lora, base, config, max_lora_rank, reference)
-        rank = largest_rank(adapter)
+        adapter, folder = _adapter(lora, base, config, max_lora_rank)
+    rank = adapter and largest_rank(adapter)
     options = _options(kind, config, rank, max_lora_rank, fast_inference, max_seq_length, dtype, seed)
     # 2. load
     with quiet(bars=not Path(base).is_dir()):
@@ -78,18 +75,15 @@ def trainable(model: torch.nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-def _adapter(lora: Any, base: str, config: Any, most: int, reference: bool) -> tuple[LoraConfig, Path | None]:
+def _adapter(lora: Any, base: str, config: Any, most: int) -> tuple[LoraConfig, Path | None]:
     """PEFT's config of the adapter, checked against the model's, and the folder of a saved one."""
     if isinstance(lora, LoRA):
-        check_init(lora.init, reference)
         folder, adapter = None, LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets,
-            init_lora_weights=INITS[lora.init], use_rslora=lora.use_rslora,
+            init_lora_weights=INITS[lora.init],
         )  # fmt: skip
-    elif isinstance(lora, Saved):
-        folder, saved = read_saved(lora.path, base)
-        where = f"{folder / 'adapter_config.json'}: init_lora_weights"
-        check_init(saved.get("init_lora_weights"), reference, where)
+    elif isinstance(lora, str | os.PathLike):
+        folder, _ = read_saved(lora, base)
         adapter = LoraConfig.from_pretrained(str(folder))
         adapter.base_model_name_or_path, adapter.inference_mode = None, False
     else:
@@ -198,13 +192,11 @@ def _set_padding(model: Any, tokenizer: Any) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _report(model: Any, base: str, kind: str, lora: LoRA | Saved | None, rank: int | None) -> None:
+def _report(model: Any, base: str, kind: str, lora: Any, rank: int | None) -> None:
     """Print what the model is. RuntimeError unless the adapter trains and nothing else, or everything."""
     if any(p.requires_grad != (lora is None or "lora_" in name) for name, p in model.named_parameters()):
         raise RuntimeError(f"what should train does not, or the other way round, after loading by {kind}")
     mode = "full fine-tuning, which has no rank" if lora is None else f"LoRA rank {rank}"
-    mode += f" from {Path(lora.path).name}" if isinstance(lora, Saved) else ""
+    mode += f" from {Path(lora).name}" if isinstance(lora, str | os.PathLike) else ""
     (count, total), dtype = trainable(model), str(next(model.parameters()).dtype).removeprefix("torch.")
     print(f"{base_name(base)}: {total:,} parameters, {count:,} train ({mode}), {kind}, {dtype}")
-    if isinstance(lora, Saved) and lora.rank not in (None, rank):
-        print(f"Rank {lora.rank} was asked for: the saved adapter keeps its own, {rank}.")

@@ -4,7 +4,6 @@ On a CPU our own loop decodes (rlnb/model/decode_cpu.py). On a GPU the model's o
 where it is loaded), or vLLM where the model has an engine.
 """
 
-import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -89,8 +88,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[Prompt], **template: Any) -> list
     """
     kinds = {type(prompt) for prompt in prompts}
     if isinstance(prompts, str) or kinds not in (set(), {str}, {list}):
-        names = "one string" if isinstance(prompts, str) else {kind.__name__ for kind in kinds}
-        raise TypeError(f"prompts must be a list of strings or a list of conversations, not {names}")
+        raise TypeError(f"prompts must be a list of strings or a list of conversations, not {str(prompts)[:80]}")
     if kinds == {list}:
         prompt_ids = tokenizer.apply_chat_template(
             list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **template
@@ -111,12 +109,12 @@ def inference(model: Any) -> Iterator[torch.nn.Module]:
         with torch.inference_mode():
             yield view(model)
     else:
-        with torch.no_grad(), _switched(model):
+        with torch.no_grad(), switched(model):
             yield model
 
 
 @contextmanager
-def _switched(model: Any) -> Iterator[None]:
+def switched(model: Any) -> Iterator[None]:
     """Unsloth's switches set more than the mode: checkpointing, the cache, which forward runs."""
     unsloth = hasattr(model, "for_inference")
     modes = [(module, module.training) for module in model.modules()]
@@ -195,19 +193,12 @@ def _with_vllm(model: Any, prompts: list, s: Settings, done: Callable[[int], Any
     how = dict(temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_new_tokens, stop_token_ids=list(s.ends))
     generator = torch.Generator().manual_seed(s.seed)
     seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
-    adapter = None
-    if any(not layer.disable_adapters for layer in lora_layers(model).values()):
-        adapter = model.load_lora(_adapter_folder().name, load_tensors=True)
-    outputs = model.fast_generate(
-        [{"prompt_token_ids": ids} for ids in prompts],
-        sampling_params=[SamplingParams(seed=seed, **how) for seed in seeds],
-        lora_request=adapter, use_tqdm=False,
-    )  # fmt: skip
+    on = any(not layer.disable_adapters for layer in lora_layers(model).values())
+    with tempfile.TemporaryDirectory() as folder:  # Unsloth writes the adapter's config there for vLLM
+        outputs = model.fast_generate(
+            [{"prompt_token_ids": ids} for ids in prompts],
+            sampling_params=[SamplingParams(seed=seed, **how) for seed in seeds],
+            lora_request=model.load_lora(folder, load_tensors=True) if on else None, use_tqdm=False,
+        )  # fmt: skip
     done(len(prompts))
     return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-@functools.cache
-def _adapter_folder() -> tempfile.TemporaryDirectory:
-    """Where Unsloth writes the adapter's config for vLLM; it goes when the process ends."""
-    return tempfile.TemporaryDirectory(prefix="rlnb-")

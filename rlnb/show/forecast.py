@@ -9,7 +9,7 @@ import psutil
 
 from rlnb import machine
 from rlnb.model import LoRA, memory, sampling
-from rlnb.model.adapters import base_name, resolve
+from rlnb.model.folders import base_name, resolve
 from rlnb.model.lora import skeleton, smallest_width, target_layers
 from rlnb.profiles import PRACTICE, has_cuda, model_name, profile
 from rlnb.record import progress, runs

@@ -16,7 +16,7 @@ import ipywidgets
 
 from rlnb import machine
 from rlnb.model import LoRA, memory
-from rlnb.model.adapters import base_name, read_saved, resolve
+from rlnb.model.folders import base_name, read_saved, resolve
 from rlnb.model.lora import VLLM_RANKS, check_rank
 from rlnb.profiles import model_name, profile
 from rlnb.record import progress, runs

@@ -302,7 +302,7 @@ def test_the_switch_for_gpus_goes_back(adapted, tokenizer, kind):
     else:
         pytest.skip("Unsloth is not installed")
     before = state(model)
-    with pytest.raises(KeyboardInterrupt), sampling._switched(model):
+    with pytest.raises(KeyboardInterrupt), sampling.switched(model):
         assert not any(module.training for module in model.modules())
         assert model.config.use_cache
         raise KeyboardInterrupt
