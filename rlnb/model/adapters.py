@@ -23,7 +23,7 @@ def add(model: Any, name: str, folder: str | os.PathLike[str]) -> None:
     """
     path, _ = read_saved(folder, base=model.get_base_model().name_or_path)
     _check_new_name(model, name)
-    with _restored(model):
+    with restored(model):
         load_weights(model, path, name, trainable=False)
 
 
@@ -35,7 +35,7 @@ def using(model: Any, name: str) -> Iterator[Any]:
     Raises ValueError for a name that is not there, RuntimeError inside `merged`.
     """
     check_name(model, name)
-    with _restored(model) as layers:
+    with restored(model) as layers:
         model.active_adapter = model.base_model.active_adapter = name
         for layer in layers:
             layer._active_adapter, layer._disable_adapters = [name], False
@@ -45,7 +45,7 @@ def using(model: Any, name: str) -> Iterator[Any]:
 @contextmanager
 def off(model: Any) -> Iterator[Any]:
     """Inside, the model is its base; after that as before. RuntimeError inside `merged`."""
-    with _restored(model) as layers:
+    with restored(model) as layers:
         for layer in layers:
             layer._disable_adapters = True
         yield model
@@ -67,7 +67,7 @@ def combine(model: Any, name: str, weights: Mapping[str, float]) -> None:
         if config.use_rslora or config.use_dora or config.lora_bias:
             says = "has use_rslora, use_dora or lora_bias: only plain LoRA can be combined"
             raise ValueError(f"adapter {other!r} {says}")
-    with _restored(model):
+    with restored(model):
         model.add_weighted_adapter(list(weights), list(weights.values()), name, combination_type="cat")
 
 
@@ -87,7 +87,7 @@ def merged(model: Any) -> Iterator[Any]:
         raise TypeError("the adapter has modules_to_save, not LoRA alone: merge it with PEFT")
     if all(layer.disable_adapters for layer in lora_layers(model).values()):
         raise ValueError("no adapter is in use: there is nothing to merge")
-    with _restored(model) as layers, torch.no_grad():
+    with restored(model) as layers, torch.no_grad():
         copies = [layer.get_base_layer().weight.detach().clone() for layer in layers]
     try:
         with torch.no_grad():
@@ -105,7 +105,7 @@ def merged(model: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _restored(model: Any) -> Iterator[list[Any]]:
+def restored(model: Any) -> Iterator[list[Any]]:
     """Yields the layers that adapters are on. Afterwards what is in use, what trains and all modes are as before."""
     layers = list(lora_layers(model).values())
     if any(layer.merged for layer in layers):

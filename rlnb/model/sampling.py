@@ -141,10 +141,15 @@ def _settings(
     ):
         if not fine:
             raise ValueError(f"{name} must be {says}, not {value}")
-    ends = model.generation_config.eos_token_id or []
-    ends = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)} - {None}
     pad = tokenizer.pad_token_id or 0  # any token will do: padding is masked, and cut off
-    return Settings(max_new_tokens, temperature, top_p, seed, batch_size, tuple(ends), pad)
+    ends = tuple(end_tokens(model, tokenizer))
+    return Settings(max_new_tokens, temperature, top_p, seed, batch_size, ends, pad)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The ids of the tokens that end a completion."""
+    ends = model.generation_config.eos_token_id or []
+    return {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)} - {None}
 
 
 def _run(model: Any, rows: list, settings: Settings, progress: str | bool | None) -> list[list[int]]:

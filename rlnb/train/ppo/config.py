@@ -31,7 +31,6 @@ class PPOConfig(TrainingArguments):
         gamma: discount (GAE, 2016), 1 for texts. lam: lambda of eq. 16, from 0 (trust the critic) to 1
             (trust the rewards).
         whiten_advantages: mean 0 and variance 1 over the real tokens of the batch.
-        num_ppo_epochs, num_mini_batches: see above.
         cliprange: eps of PPO (2017), eq. 7. cliprange_value: the same for the value, in units of reward
             (Stiennon et al. 2020).
         vf_coef: weight of the value loss (c1 of PPO's eq. 9).
@@ -68,8 +67,6 @@ class PPOConfig(TrainingArguments):
                 raise ValueError(f"{name} is {value!r}: it must be a number from {low:g} to {high:g}")
         rollouts = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if rollouts % self.num_mini_batches:
-            raise ValueError(
-                f"num_mini_batches is {self.num_mini_batches}, which does not divide the {rollouts} rollouts "
-                f"of a step (per_device_train_batch_size {self.per_device_train_batch_size} * "
-                f"gradient_accumulation_steps {self.gradient_accumulation_steps}): change one of the three"
-            )
+            says = "of a step, per_device_train_batch_size * gradient_accumulation_steps: change one of the three"
+            wrong = f"num_mini_batches is {self.num_mini_batches}, which does not divide the {rollouts} rollouts"
+            raise ValueError(f"{wrong} {says}")

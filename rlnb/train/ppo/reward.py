@@ -39,10 +39,8 @@ def sources(reward_funcs: Any, model: Any, tokenizer: Any) -> list[Any]:
         elif callable(reward) and not isinstance(reward, nn.Module):
             found.append(FunctionReward(reward))
         else:
-            raise TypeError(
-                f"reward_funcs[{i}] is a {type(reward).__name__}: it must be a function or the folder of a reward "
-                "adapter. rlnb.model.reward_model.as_reward makes a function of a reward model"
-            )
+            says = "a function or the folder of a reward adapter. reward_model.as_reward makes a function of a model"
+            raise TypeError(f"reward_funcs[{i}] is a {type(reward).__name__}: it must be {says}")
     names = [source.name for source in found]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"reward_funcs has the names {names}: give at least one, and each a name of its own")
@@ -104,24 +102,20 @@ class AdapterReward:
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path, adapter: str):
         if not has_adapter(model):
-            raise ValueError(
-                f"{folder} is an adapter, which needs a frozen base, and the policy's trains: give the "
-                "policy LoRA, or the reward as a function (rlnb.model.reward_model.as_reward)"
-            )
+            says = "give the policy LoRA, or the reward as a function (rlnb.model.reward_model.as_reward)"
+            raise ValueError(f"{folder} is an adapter, which needs a frozen base, and the policy's trains: {says}")
         self.name, self.model, self.adapter, self.pad = folder.name, model, adapter, tokenizer.pad_token_id or 0
         folder, _ = read_saved(folder)
         lora = LoraConfig.from_pretrained(str(folder))
         names = [Path(name or "").name for name in (lora.base_model_name_or_path, causal_lm(model).name_or_path)]
         if all(names) and len(set(names)) > 1:
-            raise ValueError(f"{folder} was trained on {names[0]}, and the policy's base is {names[1]}: it works on "
-                             "its own base only")  # fmt: skip
+            raise ValueError(f"{folder} was trained on {names[0]}, and the policy's base is {names[1]}: take its own")
         weights = load_file(folder / "adapter_model.safetensors")
         heads = [weights.pop(key) for key in list(weights) if key.endswith("score.weight")]
         if [len(head) for head in heads] != [1]:
-            raise ValueError(
-                f"{folder} has no score head with one output but {[tuple(head.shape) for head in heads] or 'none'}: "
-                'train it with LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"]) and num_labels=1'
-            )
+            says = 'LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"]) and num_labels=1'
+            shapes = [tuple(head.shape) for head in heads] or "none"
+            raise ValueError(f"{folder} has no score head with one output but {shapes}: train it with {says}")
         lora.modules_to_save, lora.task_type, lora.inference_mode = None, "CAUSAL_LM", True
         add_frozen(model, adapter, lora, weights)
         (head,) = heads
