@@ -42,10 +42,8 @@ def backend() -> str:
             import unsloth  # noqa: F401  it patches the others, so it comes first
             from unsloth_zoo.device_type import DEVICE_TYPE
     except Exception as error:
-        raise RuntimeError(
-            f"Unsloth is installed but does not import here: {type(error).__name__}: {error}. Repair it, or go "
-            "on without it: pip uninstall unsloth unsloth_zoo"
-        ) from error
+        says = f"{type(error).__name__}: {error}. Repair it, or go on without it: pip uninstall unsloth unsloth_zoo"
+        raise RuntimeError(f"Unsloth is installed but does not import here: {says}") from error
     return "unsloth-cpu" if DEVICE_TYPE == "cpu" else "unsloth-gpu"
 
 

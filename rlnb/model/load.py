@@ -19,7 +19,7 @@ from rlnb.model import attention
 from rlnb.model.backends import backend, quiet, say_once
 from rlnb.model.folders import base_name, load_weights, read_saved, resolve
 from rlnb.model.lora import (
-    INITS, MAX_LORA_RANK, LoRA, check_positive_int, check_rank, largest_rank, skeleton,
+    MAX_LORA_RANK, LoRA, check_positive_int, check_rank, largest_rank, skeleton,
     smallest_width, target_layers, vllm_rank,
 )  # fmt: skip
 from rlnb.profiles import PRACTICE
@@ -34,7 +34,7 @@ FILLED_IN = {"task_type", "peft_type", "base_model_name_or_path", "revision", "i
 def load_model(
     name: str | os.PathLike[str] = PRACTICE, lora: LoRA | str | os.PathLike[str] | None = None, *,
     max_lora_rank: int = MAX_LORA_RANK, fast_inference: bool = False, max_seq_length: int | None = None,
-    dtype: str | torch.dtype | None = None, seed: int = 0,
+    dtype: str | None = None, seed: int = 0,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Load a model and its tokenizer for TRL's trainers; print one line that says what it is.
 
@@ -62,7 +62,6 @@ def load_model(
         if folder:
             load_weights(model, folder, "default", trainable=True)
     # 3. set up and say what it is
-    disable_input_casts(model)
     attention.use(model)
     _set_padding(model, tokenizer)
     _report(model, base, kind, lora, rank)
@@ -78,10 +77,7 @@ def trainable(model: torch.nn.Module) -> tuple[int, int]:
 def _adapter(lora: Any, base: str, config: Any, most: int) -> tuple[LoraConfig, Path | None]:
     """PEFT's config of the adapter, checked against the model's, and the folder of a saved one."""
     if isinstance(lora, LoRA):
-        folder, adapter = None, LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets,
-            init_lora_weights=INITS[lora.init],
-        )  # fmt: skip
+        folder, adapter = None, lora.config()
     elif isinstance(lora, str | os.PathLike):
         folder, _ = read_saved(lora, base)
         adapter = LoraConfig.from_pretrained(str(folder))
@@ -99,7 +95,7 @@ def _adapter(lora: Any, base: str, config: Any, most: int) -> tuple[LoraConfig, 
 
 def _options(
     kind: str, config: Any, rank: int | None, max_lora_rank: int, fast_inference: bool,
-    max_seq_length: int | None, dtype: str | torch.dtype | None, seed: int,
+    max_seq_length: int | None, dtype: str | None, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What Unsloth's FastLanguageModel.from_pretrained takes."""
     if max_seq_length is None:
@@ -108,9 +104,7 @@ def _options(
     if fast_inference:
         if rank is None:
             raise ValueError("fast_inference=True serves an adapter: pass lora=LoRA(...) as well")
-        wanted, max_lora_rank = max_lora_rank, vllm_rank(max_lora_rank)
-        if max_lora_rank != wanted:
-            say_once(f"max_lora_rank {wanted} becomes {max_lora_rank}, the next that vLLM has.")
+        max_lora_rank = vllm_rank(max_lora_rank)
     return {
         "max_seq_length": max_seq_length, "dtype": _dtype(dtype, kind), "full_finetuning": rank is None,
         "fast_inference": fast_inference and _vllm_works(kind), "max_lora_rank": max_lora_rank,
@@ -132,15 +126,13 @@ def _vllm_works(kind: str) -> bool:
     return True
 
 
-def _dtype(dtype: str | torch.dtype | None, kind: str) -> torch.dtype:
+def _dtype(dtype: str | None, kind: str) -> torch.dtype:
     on_gpu = kind != "unsloth-cpu" and torch.cuda.is_available()
     if dtype is None and on_gpu:  # a T4 has no bfloat16
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    allowed = [torch.float32, torch.bfloat16] + [torch.float16] * on_gpu
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
-    if found not in allowed:
-        raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(map(str, allowed))}")
-    return found
+    if dtype not in (None, "float32", "bfloat16") and (dtype != "float16" or not on_gpu):
+        raise ValueError(f"dtype is {dtype!r}: it must be float32, bfloat16 or, on a GPU, float16")
+    return getattr(torch, dtype or "float32")
 
 
 def _load(base: str, kind: str, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -169,27 +161,16 @@ def _attach(model: Any, adapter: LoraConfig, kind: str, options: dict[str, Any])
     return FastLanguageModel.get_peft_model(model, **arguments)
 
 
-def disable_input_casts(model: Any) -> None:
-    """Keep PEFT from turning the inputs of float32 adapters on a float32 base to float32, which they are, or
-    bfloat16 under autocast, which turns them back. No number changes; a step takes some 4 % less time.
-    """
-    if all(p.dtype == torch.float32 for p in model.parameters()):
-        for module in model.modules():
-            if hasattr(module, "cast_input_dtype_enabled"):
-                module.cast_input_dtype_enabled = False
-
-
 def _set_padding(model: Any, tokenizer: Any) -> None:
     """Pad on the left, and not with the end token: lengths are counted up to the first padding."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token not in (None, tokenizer.eos_token):
         return
-    spare = [t for t in PAD_TOKENS if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
-    if not spare:
+    if spare := [t for t in PAD_TOKENS if t in tokenizer.get_vocab() and t != tokenizer.eos_token]:
+        tokenizer.pad_token = spare[0]
+        model.config.pad_token_id = tokenizer.pad_token_id
+    else:
         warnings.warn(f"no token to pad with but the end, {tokenizer.eos_token}", stacklevel=3)
-        return
-    tokenizer.pad_token = spare[0]
-    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _report(model: Any, base: str, kind: str, lora: Any, rank: int | None) -> None:

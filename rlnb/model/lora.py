@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
@@ -40,15 +41,17 @@ class LoRA:
         check_init(self.init)
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
-        names = bool(self.targets) and not isinstance(self.targets, str)
-        for name, fine, says in (
-            ("alpha", self.alpha > 0, "above 0 (usual: 2 x rank)"),
-            ("dropout", 0 <= self.dropout < 1, "at least 0 and below 1"),
-            ("targets", names or self.targets == "all-linear", f'"all-linear" or names, as {ATTENTION}'),
-            ("init", self.init in INITS, f"one of {', '.join(INITS)}"),
-        ):
-            if not fine:
-                raise ValueError(f"LoRA {name} is {getattr(self, name)!r}: it must be {says}")
+        names = self.targets and (self.targets == "all-linear" or not isinstance(self.targets, str))
+        if not (self.alpha > 0 and 0 <= self.dropout < 1 and self.init in INITS and names):
+            needs = f"alpha above 0, dropout from 0 to below 1, init one of {', '.join(INITS)}"
+            raise ValueError(f'{self} needs {needs}, and targets that are "all-linear" or names, as {ATTENTION}')
+
+    def config(self, **more: Any) -> LoraConfig:
+        """PEFT's config of this adapter."""
+        return LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, init_lora_weights=INITS[self.init],
+            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets), **more,
+        )  # fmt: skip
 
 
 def check_positive_int(what: str, value: Any) -> None:
@@ -64,15 +67,11 @@ def check_rank(rank: int, max_lora_rank: int = MAX_LORA_RANK, smallest_width: in
     check_positive_int("LoRA rank", rank)
     check_positive_int("max_lora_rank", max_lora_rank)
     if rank > max_lora_rank:
-        raise ValueError(
-            f"LoRA rank {rank} is above max_lora_rank {max_lora_rank}: lower the rank, or pass "
-            f"max_lora_rank={rank} to load_model, which costs memory for rollouts with vLLM"
-        )
+        way = f"pass max_lora_rank={rank} to load_model, which costs memory for rollouts with vLLM"
+        raise ValueError(f"LoRA rank {rank} is above max_lora_rank {max_lora_rank}: lower the rank, or {way}")
     if smallest_width is not None and rank > smallest_width:
-        raise ValueError(
-            f"LoRA rank {rank} is above {smallest_width}, the smallest width of a target layer: lower the "
-            "rank, or leave the narrow layers out of targets"
-        )
+        way = "lower the rank, or leave the narrow layers out of targets"
+        raise ValueError(f"LoRA rank {rank} is above {smallest_width}, the smallest width of a target layer: {way}")
 
 
 def largest_rank(adapter: Any) -> int:
@@ -96,10 +95,9 @@ def rewrites_base(init: Any) -> bool:
 def check_init(init: Any, where: str = "LoRA init") -> None:
     """Raise ValueError for an init that rewrites the base, which is the reference of most methods."""
     if rewrites_base(init):
-        raise ValueError(
-            f"{where} is {init!r}, which rewrites the base's weights: with the adapter off the model is no longer the "
-            'base, and GRPO, PPO, DPO, KTO and every KL take it as the reference. Take "default" or "gaussian"'
-        )
+        says = "no longer the base, and GRPO, PPO, DPO, KTO and every KL take it as the reference"
+        raise ValueError(f"{where} is {init!r}, which rewrites the base's weights: with the adapter off the model is "
+                         f'{says}. Take "default" or "gaussian"')  # fmt: skip
 
 
 def skeleton(config: Any) -> torch.nn.Module:
@@ -134,10 +132,8 @@ def target_layers(model: torch.nn.Module, targets: Iterable[str] | str = ALL_LIN
         raise ValueError(f"the model has no linear layer {unknown} for LoRA: its layers are {there}")
     found = {name: shapes[name] for names in hits.values() for name in names}
     if head in found:
-        raise ValueError(
-            f"LoRA on {head} is refused: TRL computes log-probabilities from its weight itself, so "
-            "that an adapter there would never train. Leave it out of targets"
-        )
+        says = "TRL computes log-probabilities from its weight itself: an adapter there would never train"
+        raise ValueError(f"LoRA on {head} is refused: {says}. Leave it out of targets")
     return found
 
 

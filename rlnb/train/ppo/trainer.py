@@ -74,8 +74,8 @@ class PPOTrainer(ActorCriticTrainer):
         self.end_tokens = sampling.end_tokens(model, processing_class)
         # What `sampling.rollout` and others of its kind ask a trainer for:
         self.rollout_func = rollout_func or sampling.rollout
-        self.max_completion_length, self.temperature, self.top_p = args.max_completion_length, args.temperature, 1.0
-        self.chat_template, self.chat_template_kwargs, self.use_vllm = None, {}, False
+        self.max_completion_length, self.temperature = args.max_completion_length, args.temperature
+        self.chat_template, self.chat_template_kwargs = None, {}
         set_seed(args.seed, device_specific=True)  # each process samples in its own way
 
     def training_step(self, model: Any, inputs: list[dict], num_items_in_batch: Any = None) -> Tensor:
