@@ -1,8 +1,4 @@
-"""Models and adapters: loaded, sampled, merged, exported.
-
-What runs on a GPU alone (branches of load, sampling, memory, export, serving and rlnb.machine, and vLLM) is
-untested until tests/gpu has run on one.
-"""
+"""Models and adapters: loaded, sampled, merged, exported. What runs on a GPU alone is untested (tests/gpu)."""
 
 from rlnb.model.backends import backend, quiet
 

@@ -1,7 +1,5 @@
-"""Adapters at work: several on one base, switched live, combined and merged.
-
-Whatever is done here is undone exactly: the weights of the base come back bit for bit, and what
-trained before trains again.
+"""Adapters at work: several on one base, switched live, combined and merged. Whatever is done is undone exactly: the
+weights of the base come back bit for bit, and what trained before trains again.
 """
 
 import os

@@ -27,15 +27,11 @@ for _name, _value in {
 
 @functools.cache
 def backend() -> str:
-    """Import Unsloth, once, and name what does the work: "unsloth-cpu", "unsloth-gpu" or "plain".
-
-    Unsloth itself warns if the others came before it. Raises RuntimeError, with its own message, where it is
-    installed and does not import.
+    """Import Unsloth, once, and name what does the work: "unsloth-cpu", "unsloth-gpu" or "plain". Raises RuntimeError,
+    with Unsloth's own message, where it is installed and does not import.
     """
-    mac = sys.platform == "darwin"
-    if mac or importlib.util.find_spec("unsloth") is None:
-        reason = "Unsloth has no torch backend on macOS" if mac else "Unsloth is not installed"
-        say_once(f"{reason}: models load with plain transformers and PEFT.")
+    if sys.platform == "darwin" or importlib.util.find_spec("unsloth") is None:
+        say_once("Unsloth is not installed, or this is macOS: models load with plain transformers and PEFT.")
         return "plain"
     try:
         with quiet():

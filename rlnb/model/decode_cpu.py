@@ -1,8 +1,6 @@
-"""The decoding loop on a CPU, where sampling is the slow part of everything. Called by `sampling`.
-
-What saves time, as tests/benchmarks/bench_sampling.py measures it: equal prompts are read once, prompts of
-like length go together and few are read at a time, rows that have ended leave the batch, query heads that
-share a key-value head share its cache, and LoRA is merged into a copy of the weights.
+"""The decoding loop on a CPU. What saves time (tests/benchmarks/bench_sampling.py): equal prompts are read once,
+prompts of like length go together and few are read at a time, rows that have ended leave the batch, query heads
+that share a key-value head share its cache, and LoRA is merged into a copy of the weights.
 """
 
 import copy

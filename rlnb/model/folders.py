@@ -1,7 +1,4 @@
-"""Where models and adapters lie: found by name, read and checked, written whole or not at all.
-
-A saved adapter's folder holds PEFT's two files and nothing else, so that other tools read it.
-"""
+"""Where models and adapters lie: found by name, read and checked, written whole or not at all."""
 
 import json
 import os
@@ -44,7 +41,7 @@ def base_name(model: str) -> str:
 
 
 def save_adapter(model: Any, folder: str | os.PathLike[str], name: str = "default") -> Path:
-    """Save an adapter in PEFT's format, whole or not at all, and return the folder's full path.
+    """Save an adapter in PEFT's two files, whole or not at all, and return the folder's full path.
 
     adapter_config.json names the base without its path, for other machines: give PEFT the base yourself.
     Raises ValueError without that adapter, FileExistsError if the folder holds anything but an adapter.

@@ -1,7 +1,5 @@
-"""Load a model, with LoRA in one of its three modes: one code path on a CPU and on a GPU.
-
-`load_model` goes through Unsloth's ``FastLanguageModel`` on both. Without Unsloth, or on macOS, it does the same
-with plain transformers and PEFT, and says so once.
+"""Load a model, with LoRA in one of its three modes: through Unsloth's ``FastLanguageModel`` on a CPU and on a GPU, and
+without Unsloth, or on macOS, through plain transformers and PEFT.
 """
 
 import importlib.util
@@ -41,7 +39,7 @@ def load_model(
     name: see `resolve`. lora: LoRA(...) is a new adapter; the folder of a saved one goes on training, at its
         own rank; None trains every parameter. seed: of the start of a new adapter.
     max_lora_rank: the largest rank that rollouts serve; the adapter's is checked against it.
-    fast_inference: roll out with vLLM. On a CPU it says once that transformers does, and goes on.
+    fast_inference: TRL's GRPOTrainer rolls out with vLLM. On a CPU it says once that it does not, and goes on.
     max_seq_length: in tokens; default: what the model takes, at most 2048.
     dtype: of the weights; default: float32 on a CPU, bfloat16 or float16 on a GPU.
     Raises ValueError, FileNotFoundError or ImportError before any weight is loaded, but for a saved adapter

@@ -27,7 +27,6 @@ class LoRA:
     targets: names of linear layers, as ATTENTION, or "all-linear": all but the output layer.
     init: how A starts: "default" (Kaiming uniform) or "gaussian". B starts at zero, so the model is
         unchanged at step 0 (arXiv 2106.09685, 4.1).
-    Raises ValueError for a value that cannot work.
     """
 
     rank: int = 16
@@ -42,9 +41,10 @@ class LoRA:
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
         names = self.targets and (self.targets == "all-linear" or not isinstance(self.targets, str))
-        if not (self.alpha > 0 and 0 <= self.dropout < 1 and self.init in INITS and names):
-            needs = f"alpha above 0, dropout from 0 to below 1, init one of {', '.join(INITS)}"
-            raise ValueError(f'{self} needs {needs}, and targets that are "all-linear" or names, as {ATTENTION}')
+        fine = {"alpha": self.alpha > 0, "dropout": 0 <= self.dropout < 1, "targets": names, "init": self.init in INITS}
+        if wrong := [f"{name} is {getattr(self, name)!r}" for name, holds in fine.items() if not holds]:
+            rules = f'alpha above 0, dropout in [0, 1), targets "all-linear" or names, as {ATTENTION}'
+            raise ValueError(f"LoRA {', '.join(wrong)}: it takes {rules}, init one of {', '.join(INITS)}")
 
     def config(self, **more: Any) -> LoraConfig:
         """PEFT's config of this adapter."""
@@ -112,10 +112,8 @@ def lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
 
 
 def target_layers(model: torch.nn.Module, targets: Iterable[str] | str = ALL_LINEAR) -> dict[str, tuple]:
-    """The linear layers of a model, or of its skeleton, that an adapter goes on: name -> (in, out).
-
-    targets: as LoRA takes them, or a regular expression of a full name, as PEFT does.
-    Raises ValueError for a target that is no linear layer, and for the output layer.
+    """The linear layers of a model, or of its skeleton, that an adapter goes on: name -> (in, out). targets: as LoRA
+    or PEFT takes them. Raises ValueError for one that is no linear layer, and for the output layer.
     """
     modules = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     shapes = {name: (m.in_features, m.out_features) for name, m in modules.items()}
@@ -143,10 +141,7 @@ def smallest_width(layers: Mapping[str, tuple[int, int]]) -> int:
 
 
 def from_rlinf(settings: Mapping[str, Any]) -> LoRA | str | None:
-    """RLinf's keys is_lora, lora_rank and lora_path as the `lora` of `load_model`.
-
-    A new adapter has alpha = rank and a gaussian A, a saved one keeps its own rank. Raises ValueError.
-    """
+    """RLinf's keys is_lora, lora_rank and lora_path as the `lora` of `load_model`."""
     is_lora, rank, path = (settings.get(key) for key in ("is_lora", "lora_rank", "lora_path"))
     if not isinstance(is_lora, bool):
         raise ValueError(f"is_lora is {is_lora!r}: it must be true or false")

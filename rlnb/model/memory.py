@@ -1,6 +1,4 @@
-"""What training with LoRA costs in memory, predicted from a model's config alone. In bytes; MB is
-2**20 of them, as in the registry of runs.
-"""
+"""What training with LoRA costs in memory, in bytes, predicted from a model's config alone."""
 
 import os
 from dataclasses import dataclass
@@ -43,7 +41,7 @@ def predict(
 ) -> Prediction:  # fmt: skip
     """The memory that training with torch's Adam takes, for a decoder of Llama's kind. No weights are read.
 
-    model: as ``load_model`` takes it, or a config of transformers. lora: None is full fine-tuning.
+    model: as ``load_model`` takes it, or a config. lora: None is full fine-tuning.
     batch: sequences per forward pass, of `length` tokens each, prompt and padding included.
     dtype: of the weights; an adapter is in float32. autocast: matrix products in bfloat16 (bf16=True).
     checkpointing: keep each layer's input alone, and compute the rest again in the backward pass.

@@ -1,8 +1,6 @@
-"""Reward models: a score head and a LoRA adapter on the base, trained on pairs by TRL's RewardTrainer.
-
-The reward of a completion is one number, r(x, y), read off at its last token. Only differences
-between completions of one prompt mean something: under the model of Bradley and Terry (1952) the
-chance that y is preferred to z is sigmoid(r(x, y) - r(x, z)).
+"""Reward models: a score head and a LoRA adapter on the base, trained on pairs by TRL's RewardTrainer. The reward of a
+completion is one number, r(x, y), read off at its last token. Only differences between completions of one prompt mean
+something: y is preferred to z with the chance sigmoid(r(x, y) - r(x, z)) (Bradley and Terry 1952).
 """
 
 import os

@@ -1,10 +1,8 @@
 """The one way to sample completions: rollouts, evaluation and preference data all go through here.
 
-On a CPU our own loop decodes (rlnb/model/decode_cpu.py). On a GPU the model's own generate does (Unsloth's,
-where it is loaded), or vLLM where the model has an engine.
+On a CPU our own loop decodes (rlnb/model/decode_cpu.py), on a GPU the model's own generate, or Unsloth's.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from rlnb.model.decode_cpu import Settings, decode, left_pad, up_to_end, view
-from rlnb.model.lora import check_positive_int, lora_layers
+from rlnb.model.lora import check_positive_int
 
 Prompt = str | list[dict[str, str]]
 
@@ -34,8 +32,7 @@ def sample(
     """Sample n completions of each prompt. The model and every random state stay as they are.
 
     prompts: chat messages, which get the chat template and its generation prompt, or plain strings.
-    temperature: 0 is greedy: all n are the same.
-    seed: fixes the samples; on a CPU whatever batch_size (completions at a time), up to rounding.
+    temperature: 0 is greedy: all n are the same. seed: fixes the samples, on a CPU up to rounding.
     progress: a label for a bar, which comes at once; None: a bar after two seconds; False: none.
 
     Raises ValueError for a setting out of range, a prompt without tokens or too long for the model,
@@ -52,16 +49,15 @@ def sample(
 def rollout(prompts: list[Prompt], trainer: Any) -> dict[str, list]:
     """Sample a completion for each prompt: GRPOTrainer(..., rollout_func=sampling.rollout).
 
-    Settings are the trainer's. The seed is drawn from torch's global generator, which the trainer seeds from
-    args.seed, differently on each process, and restores on resuming. Raises ValueError if the trainer asks for
-    anything that this does not do.
+    Settings are the trainer's. The seed is drawn from torch's global generator, which the trainer seeds and restores
+    on resuming. Raises ValueError if the trainer asks for anything that this does not do, such as vLLM.
     """
     for name, values in (
         ("top_p", (1.0, None)), ("top_k", (0, -1, None)), ("min_p", (None, 0.0)), ("repetition_penalty", (1.0, None)),
         ("tools", (None, [])), ("environments", (None, [])), ("generation_kwargs", (None, {})),
         ("use_vllm", (False, None)),
     ):  # fmt: skip
-        if (value := getattr(trainer, name, getattr(trainer.args, name, None))) not in values:
+        if (value := getattr(trainer.args, name, getattr(trainer, name, None))) not in values:
             takes = f"takes {name}={values[0]} only, and the trainer has {value!r}"
             raise ValueError(f"sampling.rollout {takes}: change that or leave rollout_func out")
     model, tokenizer, limit = trainer.model, trainer.processing_class, trainer.max_completion_length
@@ -74,9 +70,7 @@ def rollout(prompts: list[Prompt], trainer: Any) -> dict[str, list]:
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[Prompt], **template: Any) -> list[list[int]]:
-    """The token ids of each prompt, as TRL's trainers make them. Raises TypeError unless all prompts are
-    strings or all are lists of messages, and ValueError for a prompt without tokens.
-    """
+    """The token ids of each prompt, as TRL's trainers make them. Raises TypeError, or ValueError for an empty one."""
     kinds = {type(prompt) for prompt in prompts}
     if isinstance(prompts, str) or kinds not in (set(), {str}, {list}):
         raise TypeError(f"prompts must be a list of strings or a list of conversations, not {str(prompts)[:80]}")
@@ -123,9 +117,8 @@ def switched(model: Any) -> Iterator[None]:
 def _settings(
     model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, seed: int, batch_size: int = 256, n: int = 1
 ) -> Settings:  # fmt: skip
-    check_positive_int("n", n)
-    check_positive_int("max_new_tokens", max_new_tokens)
-    check_positive_int("batch_size", batch_size)
+    for name, value in {"n": n, "max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
+        check_positive_int(name, value)
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}: it must be 0 (greedy) or a positive number")
     pad = tokenizer.pad_token_id or 0  # any token will do: padding is masked, and cut off
@@ -140,18 +133,15 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _run(model: Any, rows: list, settings: Settings, progress: str | bool | None) -> list[list[int]]:
-    """One completion for each row of prompt ids, by the engine that the model has."""
+    """One completion for each row of prompt ids."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and (longest := max(map(len, rows), default=0)) + settings.max_new_tokens > limit:
         says = f"but the model has {limit} positions: shorten the prompt or set max_new_tokens lower"
         raise ValueError(f"a prompt has {longest} tokens and max_new_tokens is {settings.max_new_tokens}, {says}")
     look = {"desc": progress, "delay": 0} if isinstance(progress, str) else {"delay": 2}  # seconds
-    with tqdm(total=len(rows), disable=progress is False, leave=False, **look) as bar:
-        if getattr(model, "vllm_engine", None) is not None:
-            return _with_vllm(model, rows, settings, bar.update)
-        with inference(model) as module:
-            engine = decode if model.device.type == "cpu" else _generate
-            return engine(module, rows, settings, bar.update)
+    engine = decode if model.device.type == "cpu" else _generate
+    with tqdm(total=len(rows), disable=progress is False, leave=False, **look) as bar, inference(model) as module:
+        return engine(module, rows, settings, bar.update)
 
 
 def _generate(model: Any, prompts: list, s: Settings, done: Callable[[int], Any]) -> list[list[int]]:
@@ -174,21 +164,3 @@ def _generate(model: Any, prompts: list, s: Settings, done: Callable[[int], Any]
                 completions[i] = up_to_end(row, s.ends)
             done(len(rows))
     return completions
-
-
-def _with_vllm(model: Any, prompts: list, s: Settings, done: Callable[[int], Any]) -> list[list[int]]:
-    """Unsloth's engine for fast_inference=True holds the base's weights: the adapter goes along."""
-    from vllm import SamplingParams
-
-    how = dict(temperature=s.temperature, max_tokens=s.max_new_tokens, stop_token_ids=list(s.ends))
-    generator = torch.Generator().manual_seed(s.seed)
-    seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
-    on = any(not layer.disable_adapters for layer in lora_layers(model).values())
-    with tempfile.TemporaryDirectory() as folder:  # Unsloth writes the adapter's config there for vLLM
-        outputs = model.fast_generate(
-            [{"prompt_token_ids": ids} for ids in prompts],
-            sampling_params=[SamplingParams(seed=seed, **how) for seed in seeds],
-            lora_request=model.load_lora(folder, load_tensors=True) if on else None, use_tqdm=False,
-        )  # fmt: skip
-    done(len(prompts))
-    return [list(output.outputs[0].token_ids) for output in outputs]

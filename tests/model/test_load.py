@@ -313,7 +313,6 @@ def test_fast_inference_on_a_cpu_is_said_once(base, capsys):
         load_model(base, LoRA(), fast_inference=True, max_lora_rank=20)
     out = capsys.readouterr().out
     assert out.count("rollouts use transformers here") == 1
-    assert out.count("max_lora_rank 20 becomes 32") == 1
 
 
 def test_a_gpu_without_vllm_is_told_the_way_out(monkeypatch):
@@ -332,7 +331,7 @@ def test_without_unsloth_the_plain_path_gives_the_same(base, trained, monkeypatc
     try:
         capsys.readouterr()
         plain = load_model(base, LoRA(rank=4), seed=3)[0].state_dict()
-        assert "Unsloth is not installed: models load with plain" in capsys.readouterr().out
+        assert "Unsloth is not installed, or this is macOS: models load with plain" in capsys.readouterr().out
         assert plain.keys() == new.keys()
         assert all(torch.equal(plain[name], new[name]) for name in new)
         saved, tokenizer = load_model(base, trained[0], max_seq_length=99)
