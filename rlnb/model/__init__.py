@@ -1,8 +1,4 @@
-"""Models and adapters: loaded, sampled, merged, exported.
-
-What runs on a GPU alone (branches of load, sampling, memory, export, serving and rlnb.machine, and vLLM) is
-untested until tests/gpu has run on one.
-"""
+"""Models and adapters: loaded, sampled, merged, exported. What runs on a GPU alone is untested (tests/gpu)."""
 
 from rlnb.model.backends import backend, quiet
 
@@ -10,8 +6,6 @@ backend()  # Unsloth, above everything that imports trl, transformers or peft
 
 from rlnb.model.folders import resolve, save_adapter  # noqa: E402
 from rlnb.model.load import load_model, trainable  # noqa: E402
-from rlnb.model.lora import LoRA, Saved  # noqa: E402
+from rlnb.model.lora import LoRA  # noqa: E402
 
-__all__ = [
-    "LoRA", "Saved", "backend", "load_model", "quiet", "resolve", "save_adapter", "trainable",
-]  # fmt: skip
+__all__ = ["LoRA", "backend", "load_model", "quiet", "resolve", "save_adapter", "trainable"]

@@ -1,40 +1,27 @@
-"""Adapters at work: several on one base, switched live, combined and merged.
-
-Whatever is done here is undone exactly: the weights of the base come back bit for bit, and what
-trained before trains again.
+"""Adapters at work: several on one base, switched live, combined and merged. Whatever is done is undone exactly: the
+weights of the base come back bit for bit, and what trained before trains again.
 """
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from peft.tuners.lora import Linear
 from peft.utils import ModulesToSaveWrapper
 
-from rlnb.model.folders import FILES, base_name, check_name, load_weights, read_saved, resolve, save_adapter
-from rlnb.model.lora import largest_rank, lora_layers, rewrites_base
-
-__all__ = ["add", "base_name", "combine", "lora_layers", "merged", "off", "read_saved", "resolve", "save_adapter",
-           "using"]  # fmt: skip
+from rlnb.model.folders import check_name, load_weights, read_saved
+from rlnb.model.lora import lora_layers
 
 
 def add(model: Any, name: str, folder: str | os.PathLike[str]) -> None:
     """Put a saved adapter beside the ones that the model has. It is frozen, and not yet in use. Raises
     ValueError for a name that is taken, an adapter of another base, or one whose init rewrites the base.
     """
-    path, config = read_saved(folder, base=model.get_base_model().name_or_path)
+    path, _ = read_saved(folder, base=model.get_base_model().name_or_path)
     _check_new_name(model, name)
-    inits = {f"adapter {other!r}": own.init_lora_weights for other, own in model.peft_config.items()}
-    inits[f"{path / FILES[0]}"] = config.get("init_lora_weights")
-    for where, init in inits.items():
-        if rewrites_base(init):
-            says = "rewrites the base's weights, and adapters share them: load it alone, with reference=False"
-            raise ValueError(f"{where}: init_lora_weights is {init!r}, which {says}")
-    with _unchanged(model):
+    with restored(model):
         load_weights(model, path, name, trainable=False)
 
 
@@ -46,7 +33,7 @@ def using(model: Any, name: str) -> Iterator[Any]:
     Raises ValueError for a name that is not there, RuntimeError inside `merged`.
     """
     check_name(model, name)
-    with _restored(model) as layers:
+    with restored(model) as layers:
         model.active_adapter = model.base_model.active_adapter = name
         for layer in layers:
             layer._active_adapter, layer._disable_adapters = [name], False
@@ -56,40 +43,30 @@ def using(model: Any, name: str) -> Iterator[Any]:
 @contextmanager
 def off(model: Any) -> Iterator[Any]:
     """Inside, the model is its base; after that as before. RuntimeError inside `merged`."""
-    with _restored(model) as layers:
+    with restored(model) as layers:
         for layer in layers:
             layer._disable_adapters = True
         yield model
 
 
 def combine(model: Any, name: str, weights: Mapping[str, float]) -> None:
-    """A new adapter, the weighted sum of others: its update is sum_i w_i s_i B_i A_i, exactly.
+    """A new adapter, the weighted sum of others: its update is sum_i w_i s_i B_i A_i, exactly, and its rank
+    the sum of the ranks. It is frozen, and not yet in use.
 
-    It gets there by stacking: B = [B_1 B_2 ...] and A = [w_1 s_1 A_1; w_2 s_2 A_2; ...], so its rank is the
-    sum of the ranks. (PEFT's add_weighted_adapter takes over the first one's use_rslora, which scales the
-    sum wrongly.) It is frozen, and not yet in use.
-    Raises ValueError for a name that is not there or taken, no weights, or one that is no finite number.
+    Raises ValueError for a name that is not there or taken, no weights, and adapters that PEFT's
+    add_weighted_adapter sums up wrongly: the new adapter takes over what the first one is beside LoRA.
     """
     _check_new_name(model, name)
     if not weights:
         raise ValueError("weights is empty: name the adapters to combine, as {'sft': 0.5}")
-    for other, weight in weights.items():
+    for other in weights:
         check_name(model, other)
-        if not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ValueError(f"the weight of {other!r} is {weight!r}: it must be a finite number")
-    layers = {n: m for n, m in lora_layers(model).items() if weights.keys() & m.lora_A.keys()}
-    rank = sum(largest_rank(model.peft_config[other]) for other in weights)
-    ends = sorted({layer.split(".")[-1] for layer in layers})
-    with _unchanged(model), torch.no_grad():
-        model.add_adapter(name, LoraConfig(r=rank, lora_alpha=rank, target_modules=ends, task_type="CAUSAL_LM"))
-        for layer in lora_layers(model).values():
-            if name not in layer.lora_A:
-                continue
-            a, b, start = layer.lora_A[name].weight.zero_(), layer.lora_B[name].weight.zero_(), 0
-            for other in [other for other in weights if other in layer.lora_A]:
-                rows = slice(start, start := start + layer.r[other])
-                a[rows] = weights[other] * layer.scaling[other] * layer.lora_A[other].weight
-                b[:, rows] = layer.lora_B[other].weight
+        config = model.peft_config[other]
+        if config.use_rslora or config.use_dora or config.lora_bias:
+            says = "has use_rslora, use_dora or lora_bias: only plain LoRA can be combined"
+            raise ValueError(f"adapter {other!r} {says}")
+    with restored(model):
+        model.add_weighted_adapter(list(weights), list(weights.values()), name, combination_type="cat")
 
 
 @contextmanager
@@ -108,7 +85,7 @@ def merged(model: Any) -> Iterator[Any]:
         raise TypeError("the adapter has modules_to_save, not LoRA alone: merge it with PEFT")
     if all(layer.disable_adapters for layer in lora_layers(model).values()):
         raise ValueError("no adapter is in use: there is nothing to merge")
-    with _restored(model) as layers, torch.no_grad():
+    with restored(model) as layers, torch.no_grad():
         copies = [layer.get_base_layer().weight.detach().clone() for layer in layers]
     try:
         with torch.no_grad():
@@ -126,34 +103,25 @@ def merged(model: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _restored(model: Any) -> Iterator[list[Any]]:
-    """Yields the layers that adapters are on. Afterwards the adapter in use is as before."""
+def restored(model: Any) -> Iterator[list[Any]]:
+    """Yields the layers that adapters are on. Afterwards what is in use, what trains and all modes are as before."""
     layers = list(lora_layers(model).values())
     if any(layer.merged for layer in layers):
         raise RuntimeError("the adapter is merged into the weights: leave adapters.merged first")
     active = model.active_adapter, model.base_model.active_adapter
     before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield layers
     finally:
         model.active_adapter, model.base_model.active_adapter = active
         for layer, names, disabled in before:
             layer._active_adapter, layer._disable_adapters = names, disabled
-
-
-@contextmanager
-def _unchanged(model: Any) -> Iterator[None]:
-    """PEFT adds an adapter inside; what was there before is in use, trains and is in the mode as before."""
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    with _restored(model):
-        try:
-            yield
-        finally:
-            for parameter, flag in trains:
-                parameter.requires_grad = flag
-            for module, training in modes:
-                module.training = training
+        for parameter, flag in trains:
+            parameter.requires_grad = flag
+        for module, training in modes:
+            module.training = training
 
 
 def _check_new_name(model: Any, name: str) -> None:

@@ -1,9 +1,7 @@
-"""The attention of models on a CPU, under the name that `use` gives them.
-
-PyTorch's fused attention is made for long texts. On short ones in bfloat16, on a CPU, it takes twice as long
-to train as plain matrix products (tests/benchmarks/bench_attention.py), which keep (rows, heads, length,
-length) numbers for the backward pass and so are used where that is small. When a token is generated, grouped
-query heads share a key-value head (arXiv 2305.13245), which the fused attention would copy for each of them.
+"""The attention of models on a CPU. PyTorch's fused attention is made for long texts. On short ones in bfloat16, on a
+CPU, it takes twice as long to train as plain matrix products (tests/benchmarks/bench_attention.py), which keep (rows,
+heads, length, length) numbers for the backward pass and so are used where that is small. When a token is generated,
+grouped query heads share a key-value head (arXiv 2305.13245), which the fused attention would copy for each of them.
 """
 
 from typing import Any
@@ -26,7 +24,7 @@ def use(model: Any) -> None:
 
 
 def is_plain(rows: int, heads: int, new: int, length: int, low: bool) -> bool:
-    """Whether plain matrix products are the faster way. low: in 16 bits."""
+    """Whether plain matrix products are the faster way. low: they are in 16 bits."""
     return low and new > 1 and rows * heads * new * length <= MOST
 
 
@@ -37,17 +35,13 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
         query = query.reshape(rows, key.shape[1], -1, size)  # a group's heads: queries of one attention
         out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
         return out.reshape(rows, 1, heads, -1), None
-    if unusual or not is_plain(rows, heads, new, key.shape[2], _is_low(value)):
+    low = value.dtype.itemsize == 2 or torch.is_autocast_enabled(value.device.type)
+    if unusual or not is_plain(rows, heads, new, key.shape[2], low):
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal, **rest)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if mask is None and causal:
         mask = query.new_ones(1, 1, new, key.shape[2], dtype=bool).tril()
     return plain(query, key, value, mask, scaling), None
-
-
-def _is_low(x: Tensor) -> bool:
-    """Whether matrix products with this tensor are in 16 bits."""
-    return x.dtype.itemsize == 2 or torch.is_autocast_enabled(x.device.type)
 
 
 def plain(

@@ -27,25 +27,19 @@ for _name, _value in {
 
 @functools.cache
 def backend() -> str:
-    """Import Unsloth, once, and name what does the work: "unsloth-cpu", "unsloth-gpu" or "plain".
-
-    Unsloth itself warns if the others came before it. Raises RuntimeError, with its own message, where it is
-    installed and does not import.
+    """Import Unsloth, once, and name what does the work: "unsloth-cpu", "unsloth-gpu" or "plain". Raises RuntimeError,
+    with Unsloth's own message, where it is installed and does not import.
     """
-    mac = sys.platform == "darwin"
-    if mac or importlib.util.find_spec("unsloth") is None:
-        reason = "Unsloth has no torch backend on macOS" if mac else "Unsloth is not installed"
-        say_once(f"{reason}: models load with plain transformers and PEFT.")
+    if sys.platform == "darwin" or importlib.util.find_spec("unsloth") is None:
+        say_once("Unsloth is not installed, or this is macOS: models load with plain transformers and PEFT.")
         return "plain"
     try:
         with quiet():
             import unsloth  # noqa: F401  it patches the others, so it comes first
             from unsloth_zoo.device_type import DEVICE_TYPE
     except Exception as error:
-        raise RuntimeError(
-            f"Unsloth is installed but does not import here: {type(error).__name__}: {error}. Repair it, or go "
-            "on without it: pip uninstall unsloth unsloth_zoo"
-        ) from error
+        says = f"{type(error).__name__}: {error}. Repair it, or go on without it: pip uninstall unsloth unsloth_zoo"
+        raise RuntimeError(f"Unsloth is installed but does not import here: {says}") from error
     return "unsloth-cpu" if DEVICE_TYPE == "cpu" else "unsloth-gpu"
 
 

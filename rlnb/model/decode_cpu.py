@@ -1,8 +1,6 @@
-"""The decoding loop on a CPU, where sampling is the slow part of everything. Called by `sampling`.
-
-What saves time, as tests/benchmarks/bench_sampling.py measures it: equal prompts are read once, prompts of
-like length go together and few are read at a time, rows that have ended leave the batch, query heads that
-share a key-value head share its cache, and LoRA is merged into a copy of the weights.
+"""The decoding loop on a CPU. What saves time (tests/benchmarks/bench_sampling.py): equal prompts are read once,
+prompts of like length go together and few are read at a time, rows that have ended leave the batch, query heads
+that share a key-value head share its cache, and LoRA is merged into a copy of the weights.
 """
 
 import copy
@@ -27,7 +25,6 @@ READ_AT_ONCE = 32  # prompts: more fall out of the processor's cache, and need m
 class Settings:
     max_new_tokens: int
     temperature: float  # 0 is greedy
-    top_p: float
     seed: int
     batch_size: int
     ends: tuple[int, ...]  # tokens that end a completion
@@ -122,8 +119,7 @@ def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor
 def pick(logits: Tensor, chances: Tensor, s: Settings) -> Tensor:
     """(rows, vocabulary) logits and (rows,) numbers, uniform in [0, 1) -> (rows,) token ids.
 
-    Inverts the cumulative distribution. top_p keeps the smallest set of tokens that reaches it
-    (arXiv 1904.09751, 3.1). Raises FloatingPointError if the logits are not finite.
+    Inverts the cumulative distribution. Raises FloatingPointError if the logits are not finite.
     """
     logits = logits.float()
     top, best = logits.max(-1)
@@ -132,13 +128,9 @@ def pick(logits: Tensor, chances: Tensor, s: Settings) -> Tensor:
     if s.temperature == 0:
         return best
     p = ((logits - top[:, None]) / s.temperature).softmax(-1)
-    if s.top_p < 1:
-        p, order = p.sort(-1, descending=True)
-        p = p.masked_fill(p.cumsum(-1) - p >= s.top_p, 0)
     reached = p.cumsum(-1)
     # A chance is at most 1 - 2**-24, so that its point stays below the total in float32 too.
-    index = torch.searchsorted(reached, chances[:, None] * reached[:, -1:], right=True)
-    return (order.gather(-1, index) if s.top_p < 1 else index)[:, 0]
+    return torch.searchsorted(reached, chances[:, None] * reached[:, -1:], right=True)[:, 0]
 
 
 def up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:

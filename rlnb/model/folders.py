@@ -1,7 +1,4 @@
-"""Where models and adapters lie: found by name, read and checked, written whole or not at all.
-
-A saved adapter's folder holds PEFT's two files and nothing else, so that other tools read it.
-"""
+"""Where models and adapters lie: found by name, read and checked, written whole or not at all."""
 
 import hashlib
 import json
@@ -9,12 +6,15 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+
+from rlnb.model.lora import check_init
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 SAMPLE = 2**20  # bytes at each end of a file of weights
@@ -59,33 +59,33 @@ def base_name(model: str) -> str:
 
 
 def save_adapter(model: Any, folder: str | os.PathLike[str], name: str = "default") -> Path:
-    """Save an adapter in PEFT's format, whole or not at all, and return the folder's full path.
+    """Save an adapter in PEFT's two files, whole or not at all, and return the folder's full path.
 
     adapter_config.json names the base without its path, for other machines: give PEFT the base yourself.
     Raises ValueError without that adapter, FileExistsError if the folder holds anything but an adapter.
     """
     folder = Path(folder).expanduser().absolute()
     check_name(model, name)
-    new = replacement(folder, "an adapter", [*FILES, "README.md"])
-    try:
+    with replaced(folder, [*FILES, "README.md"]) as new:
         # The class's own method: Unsloth puts another on the instance. TRL's "ref" stays out.
         PeftModel.save_pretrained(model, str(new), selected_adapters=[name], save_embedding_layers=False)
-        written = new if name == "default" else new / name  # PEFT's own habit
-        (written / "README.md").unlink(missing_ok=True)  # an empty form
-        config = json.loads((file := written / FILES[0]).read_text(encoding="utf-8"))
+        (new / "README.md").unlink(missing_ok=True)  # an empty form
+        if name != "default":  # PEFT's own habit
+            for file in FILES:
+                (new / name / file).replace(new / file)
+            (new / name).rmdir()
+        config = json.loads((new / FILES[0]).read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = base_name(config["base_model_name_or_path"])
         if isinstance(config["target_modules"], list):
             config["target_modules"].sort()
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        swap(written, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        (new / FILES[0]).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
 
 
 def read_saved(path: str | os.PathLike[str], base: str | None = None) -> tuple[Path, dict[str, Any]]:
     """The full path of a saved adapter's folder, and its adapter_config.json. Warns if that names another
-    base than this one, which it is to go on. Raises FileNotFoundError, or ValueError for another kind.
+    base than this one, which it is to go on. Raises FileNotFoundError, or ValueError for another kind or an init
+    that rewrites the base.
     """
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
@@ -94,6 +94,7 @@ def read_saved(path: str | os.PathLike[str], base: str | None = None) -> tuple[P
     config = json.loads(file.read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type is {config.get('peft_type')!r}, it must be 'LORA'")
+    check_init(config.get("init_lora_weights"), f"{file}: init_lora_weights")
     trained_on = base_name(config.get("base_model_name_or_path") or "")
     if base and trained_on and Path(trained_on).name != Path(base).name:
         warnings.warn(f"{folder} was trained on {trained_on}, not on {base}", stacklevel=4)
@@ -134,25 +135,24 @@ def _check_holds(folder: Path, what: str, *patterns: str) -> Path:
     return folder
 
 
-def replacement(folder: Path, what: str, files: Iterable[str]) -> Path:
-    """A new name beside the folder, to write into and then to `swap`. Raises FileExistsError if the folder
-    holds anything but these files, which are patterns.
+@contextmanager
+def replaced(folder: Path, files: Iterable[str]) -> Iterator[Path]:
+    """Yields a new folder to write into, which then takes the folder's place: whole or not at all. Raises
+    FileExistsError if that holds anything but these files, which are patterns.
     """
     others = [f.name for f in folder.glob("*") if not any(fnmatch(f.name, pattern) for pattern in files)]
     if others:
-        raise FileExistsError(f"{folder} holds more than {what} ({', '.join(others)}): name another one")
-    return folder.with_name(f".{folder.name}.{os.getpid()}")
-
-
-def swap(new: Path, folder: Path) -> None:
-    """Put `new` in the folder's place. No call replaces a full folder, so that one steps aside."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.replace(old)
+        raise FileExistsError(f"{folder} holds other files ({', '.join(others)}): name another folder")
+    new, old = (folder.with_name(f".{folder.name}.{end}") for end in (os.getpid(), "old"))
     try:
+        new.mkdir(parents=True)
+        yield new
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():  # no call replaces a full folder, so that one steps aside
+            folder.replace(old)
         new.replace(folder)
     finally:
         if old.exists() and not folder.exists():
             old.replace(folder)
         shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)

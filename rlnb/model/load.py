@@ -1,7 +1,5 @@
-"""Load a model, with LoRA in one of its three modes: one code path on a CPU and on a GPU.
-
-`load_model` goes through Unsloth's ``FastLanguageModel`` on both. Without Unsloth, or on macOS, it does the same
-with plain transformers and PEFT, and says so once.
+"""Load a model, with LoRA in one of its three modes: through Unsloth's ``FastLanguageModel`` on a CPU and on a GPU, and
+without Unsloth, or on macOS, through plain transformers and PEFT.
 """
 
 import importlib.util
@@ -19,7 +17,7 @@ from rlnb.model import attention
 from rlnb.model.backends import backend, quiet, say_once
 from rlnb.model.folders import base_name, load_weights, read_saved, resolve
 from rlnb.model.lora import (
-    INITS, MAX_LORA_RANK, LoRA, Saved, check_init, check_positive_int, check_rank, largest_rank, skeleton,
+    MAX_LORA_RANK, LoRA, check_positive_int, check_rank, largest_rank, skeleton,
     smallest_width, target_layers, vllm_rank,
 )  # fmt: skip
 from rlnb.profiles import PRACTICE
@@ -32,30 +30,27 @@ FILLED_IN = {"task_type", "peft_type", "base_model_name_or_path", "revision", "i
 
 
 def load_model(
-    name: str | os.PathLike[str] = PRACTICE, lora: LoRA | Saved | str | os.PathLike[str] | None = None, *,
+    name: str | os.PathLike[str] = PRACTICE, lora: LoRA | str | os.PathLike[str] | None = None, *,
     max_lora_rank: int = MAX_LORA_RANK, fast_inference: bool = False, max_seq_length: int | None = None,
-    dtype: str | torch.dtype | None = None, seed: int = 0, reference: bool = True,
+    dtype: str | None = None, seed: int = 0,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Load a model and its tokenizer for TRL's trainers; print one line that says what it is.
 
-    name: see `resolve`. lora: see rlnb/model/lora.py; a path is a saved adapter, which goes on training.
+    name: see `resolve`. lora: LoRA(...) is a new adapter; the folder of a saved one goes on training, at its
+        own rank; None trains every parameter. seed: of the start of a new adapter.
     max_lora_rank: the largest rank that rollouts serve; the adapter's is checked against it.
-    fast_inference: roll out with vLLM. On a CPU it says once that transformers does, and goes on.
+    fast_inference: TRL's GRPOTrainer rolls out with vLLM. On a CPU it says once that it does not, and goes on.
     max_seq_length: in tokens; default: what the model takes, at most 2048.
     dtype: of the weights; default: float32 on a CPU, bfloat16 or float16 on a GPU.
-    seed: of the start of a new adapter.
-    reference: whether a method will take the model with its adapter off as the base, as everything in this
-        workbook does but SFT: `lora.check_init` then refuses some inits.
     Raises ValueError, FileNotFoundError or ImportError before any weight is loaded, but for a saved adapter
     whose weights do not fit.
     """
     # 1. check
-    base, kind, adapter, folder, rank = resolve(name), backend(), None, None, None
-    lora = Saved(lora) if isinstance(lora, str | os.PathLike) else lora
+    base, kind, adapter, folder = resolve(name), backend(), None, None
     config = AutoConfig.from_pretrained(base)
     if lora is not None:
-        adapter, folder = _adapter(lora, base, config, max_lora_rank, reference)
-        rank = largest_rank(adapter)
+        adapter, folder = _adapter(lora, base, config, max_lora_rank)
+    rank = adapter and largest_rank(adapter)
     options = _options(kind, config, rank, max_lora_rank, fast_inference, max_seq_length, dtype, seed)
     # 2. load
     with quiet(bars=not Path(base).is_dir()):
@@ -65,7 +60,6 @@ def load_model(
         if folder:
             load_weights(model, folder, "default", trainable=True)
     # 3. set up and say what it is
-    disable_input_casts(model)
     attention.use(model)
     _set_padding(model, tokenizer)
     _report(model, base, kind, lora, rank)
@@ -78,18 +72,12 @@ def trainable(model: torch.nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-def _adapter(lora: Any, base: str, config: Any, most: int, reference: bool) -> tuple[LoraConfig, Path | None]:
+def _adapter(lora: Any, base: str, config: Any, most: int) -> tuple[LoraConfig, Path | None]:
     """PEFT's config of the adapter, checked against the model's, and the folder of a saved one."""
     if isinstance(lora, LoRA):
-        check_init(lora.init, reference)
-        folder, adapter = None, LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets,
-            init_lora_weights=INITS[lora.init], use_rslora=lora.use_rslora,
-        )  # fmt: skip
-    elif isinstance(lora, Saved):
-        folder, saved = read_saved(lora.path, base)
-        where = f"{folder / 'adapter_config.json'}: init_lora_weights"
-        check_init(saved.get("init_lora_weights"), reference, where)
+        folder, adapter = None, lora.config()
+    elif isinstance(lora, str | os.PathLike):
+        folder, _ = read_saved(lora, base)
         adapter = LoraConfig.from_pretrained(str(folder))
         adapter.base_model_name_or_path, adapter.inference_mode = None, False
     else:
@@ -105,7 +93,7 @@ def _adapter(lora: Any, base: str, config: Any, most: int, reference: bool) -> t
 
 def _options(
     kind: str, config: Any, rank: int | None, max_lora_rank: int, fast_inference: bool,
-    max_seq_length: int | None, dtype: str | torch.dtype | None, seed: int,
+    max_seq_length: int | None, dtype: str | None, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What Unsloth's FastLanguageModel.from_pretrained takes."""
     if max_seq_length is None:
@@ -114,9 +102,7 @@ def _options(
     if fast_inference:
         if rank is None:
             raise ValueError("fast_inference=True serves an adapter: pass lora=LoRA(...) as well")
-        wanted, max_lora_rank = max_lora_rank, vllm_rank(max_lora_rank)
-        if max_lora_rank != wanted:
-            say_once(f"max_lora_rank {wanted} becomes {max_lora_rank}, the next that vLLM has.")
+        max_lora_rank = vllm_rank(max_lora_rank)
     return {
         "max_seq_length": max_seq_length, "dtype": _dtype(dtype, kind), "full_finetuning": rank is None,
         "fast_inference": fast_inference and _vllm_works(kind), "max_lora_rank": max_lora_rank,
@@ -138,15 +124,13 @@ def _vllm_works(kind: str) -> bool:
     return True
 
 
-def _dtype(dtype: str | torch.dtype | None, kind: str) -> torch.dtype:
+def _dtype(dtype: str | None, kind: str) -> torch.dtype:
     on_gpu = kind != "unsloth-cpu" and torch.cuda.is_available()
     if dtype is None and on_gpu:  # a T4 has no bfloat16
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    allowed = [torch.float32, torch.bfloat16] + [torch.float16] * on_gpu
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
-    if found not in allowed:
-        raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(map(str, allowed))}")
-    return found
+    if dtype not in (None, "float32", "bfloat16") and (dtype != "float16" or not on_gpu):
+        raise ValueError(f"dtype is {dtype!r}: it must be float32, bfloat16 or, on a GPU, float16")
+    return getattr(torch, dtype or "float32")
 
 
 def _load(base: str, kind: str, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -175,36 +159,23 @@ def _attach(model: Any, adapter: LoraConfig, kind: str, options: dict[str, Any])
     return FastLanguageModel.get_peft_model(model, **arguments)
 
 
-def disable_input_casts(model: Any) -> None:
-    """Keep PEFT from turning the inputs of float32 adapters on a float32 base to float32, which they are, or
-    bfloat16 under autocast, which turns them back. No number changes; a step takes some 4 % less time.
-    """
-    if all(p.dtype == torch.float32 for p in model.parameters()):
-        for module in model.modules():
-            if hasattr(module, "cast_input_dtype_enabled"):
-                module.cast_input_dtype_enabled = False
-
-
 def _set_padding(model: Any, tokenizer: Any) -> None:
     """Pad on the left, and not with the end token: lengths are counted up to the first padding."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token not in (None, tokenizer.eos_token):
         return
-    spare = [t for t in PAD_TOKENS if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
-    if not spare:
+    if spare := [t for t in PAD_TOKENS if t in tokenizer.get_vocab() and t != tokenizer.eos_token]:
+        tokenizer.pad_token = spare[0]
+        model.config.pad_token_id = tokenizer.pad_token_id
+    else:
         warnings.warn(f"no token to pad with but the end, {tokenizer.eos_token}", stacklevel=3)
-        return
-    tokenizer.pad_token = spare[0]
-    model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _report(model: Any, base: str, kind: str, lora: LoRA | Saved | None, rank: int | None) -> None:
+def _report(model: Any, base: str, kind: str, lora: Any, rank: int | None) -> None:
     """Print what the model is. RuntimeError unless the adapter trains and nothing else, or everything."""
     if any(p.requires_grad != (lora is None or "lora_" in name) for name, p in model.named_parameters()):
         raise RuntimeError(f"what should train does not, or the other way round, after loading by {kind}")
     mode = "full fine-tuning, which has no rank" if lora is None else f"LoRA rank {rank}"
-    mode += f" from {Path(lora.path).name}" if isinstance(lora, Saved) else ""
+    mode += f" from {Path(lora).name}" if isinstance(lora, str | os.PathLike) else ""
     (count, total), dtype = trainable(model), str(next(model.parameters()).dtype).removeprefix("torch.")
     print(f"{base_name(base)}: {total:,} parameters, {count:,} train ({mode}), {kind}, {dtype}")
-    if isinstance(lora, Saved) and lora.rank not in (None, rank):
-        print(f"Rank {lora.rank} was asked for: the saved adapter keeps its own, {rank}.")

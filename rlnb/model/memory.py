@@ -1,6 +1,4 @@
-"""What training with LoRA costs in memory, predicted from a model's config alone. In bytes; MB is
-2**20 of them, as in the registry of runs.
-"""
+"""What training with LoRA costs in memory, in bytes, predicted from a model's config alone."""
 
 import os
 from dataclasses import dataclass
@@ -30,7 +28,6 @@ class Prediction:
     activations: int  # what the forward pass keeps for the backward pass
     logits: int  # float32 logits, log-softmax and gradient; with autocast 16-bit ones as well
     vllm: int  # set aside for adapters when the engine starts, whatever the adapter's rank
-    vllm_short: int  # the formula that circulates, which is right for square layers only
 
     @property
     def peak(self) -> int:
@@ -44,7 +41,7 @@ def predict(
 ) -> Prediction:  # fmt: skip
     """The memory that training with torch's Adam takes, for a decoder of Llama's kind. No weights are read.
 
-    model: as ``load_model`` takes it, or a config of transformers. lora: None is full fine-tuning.
+    model: as ``load_model`` takes it, or a config. lora: None is full fine-tuning.
     batch: sequences per forward pass, of `length` tokens each, prompt and padding included.
     dtype: of the weights; an adapter is in float32. autocast: matrix products in bfloat16 (bf16=True).
     checkpointing: keep each layer's input alone, and compute the rest again in the backward pass.
@@ -53,9 +50,7 @@ def predict(
     if dtype not in BYTES:
         raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(BYTES)}")
     config = AutoConfig.from_pretrained(resolve(model)) if isinstance(model, str | os.PathLike) else model
-    if (empty := skeleton(config)) is None:
-        raise ValueError(f"{type(config).__name__} is the config of no causal LM of transformers")
-    autocast = autocast and dtype == "float32"
+    empty, autocast = skeleton(config), autocast and dtype == "float32"
     total = sum(parameter.numel() for parameter in empty.parameters())  # tied ones count once
     linear, layers = target_layers(empty, "all-linear"), target_layers(empty, lora.targets) if lora else {}
     added = lora.rank * _widths(layers) if lora else 0  # A is (rank, inputs), B is (outputs, rank)
@@ -67,13 +62,12 @@ def predict(
     if not torch.cuda.is_available() and attention.is_plain(batch, heads, length, length, low):
         # the softmax in float32, and in 16 bits; fused attention keeps no weights
         saved += (1 if checkpointing else config.num_hidden_layers) * heads * length * 6
-    served = vllm_rank(max_lora_rank)  # in 16 bits, on every linear layer, at the cost of the KV cache
     return Prediction(
         parameters=total + added, trainable=trainable, adapter_file=4 * added,
         weights=total * BYTES[dtype] + added * 4 + copies,
         gradients=trainable * width, optimizer=trainable * width * 2, activations=batch * length * saved,
         logits=batch * length * config.vocab_size * (16 if autocast else 12),
-        vllm=2 * served * _widths(linear), vllm_short=2 * served * 2 * config.hidden_size * len(linear),
+        vllm=2 * vllm_rank(max_lora_rank) * _widths(linear),  # in 16 bits, on every linear layer
     )  # fmt: skip
 
 

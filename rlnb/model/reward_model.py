@@ -1,8 +1,6 @@
-"""Reward models: a score head and a LoRA adapter on the base, trained on pairs by TRL's RewardTrainer.
-
-The reward of a completion is one number, r(x, y), read off at its last token. Only differences
-between completions of one prompt mean something: under the model of Bradley and Terry (1952) the
-chance that y is preferred to z is sigmoid(r(x, y) - r(x, z)).
+"""Reward models: a score head and a LoRA adapter on the base, trained on pairs by TRL's RewardTrainer. The reward of a
+completion is one number, r(x, y), read off at its last token. Only differences between completions of one prompt mean
+something: y is preferred to z with the chance sigmoid(r(x, y) - r(x, z)) (Bradley and Terry 1952).
 """
 
 import os
@@ -14,11 +12,10 @@ from typing import Any
 from rlnb.model import attention
 from rlnb.model.backends import quiet
 from rlnb.model.folders import resolve
-from rlnb.model.load import disable_input_casts
 from rlnb.model.lora import LoRA
 
 import torch  # these come after rlnb.model, which brings in Unsloth
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
@@ -44,17 +41,8 @@ def load(
         ).to("cuda" if torch.cuda.is_available() else "cpu")
     attention.use(model)
     if not isinstance(lora, LoRA):
-        model = PeftModel.from_pretrained(model, str(lora)).eval()
-        disable_input_casts(model)
-        return model, tokenizer
-    config = LoraConfig(
-        task_type="SEQ_CLS", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
-        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
-        modules_to_save=["score"],
-    )  # fmt: skip
-    model = get_peft_model(model, config)
-    disable_input_casts(model)
-    return model, tokenizer
+        return PeftModel.from_pretrained(model, str(lora)).eval(), tokenizer
+    return get_peft_model(model, lora.config(task_type="SEQ_CLS", modules_to_save=["score"])), tokenizer
 
 
 def score(model: Any, tokenizer: Any, conversations: Sequence[Messages], batch_size: int = 32) -> list[float]:

@@ -1,11 +1,8 @@
 """The one way to sample completions: rollouts, evaluation and preference data all go through here.
 
-On a CPU our own loop decodes (rlnb/model/decode_cpu.py). On a GPU the model's own generate does (Unsloth's,
-where it is loaded), or vLLM where the model has an engine.
+On a CPU our own loop decodes (rlnb/model/decode_cpu.py), on a GPU the model's own generate, or Unsloth's.
 """
 
-import functools
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from rlnb.model.decode_cpu import Settings, decode, left_pad, up_to_end, view
-from rlnb.model.lora import lora_layers
+from rlnb.model.lora import check_positive_int
 
 Prompt = str | list[dict[str, str]]
 
@@ -30,22 +27,18 @@ class Completions:
 
 def sample(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], n: int = 1, *, max_new_tokens: int = 64,
-    temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, batch_size: int = 256,
-    progress: str | bool | None = None,
+    temperature: float = 1.0, seed: int = 0, batch_size: int = 256, progress: str | bool | None = None,
 ) -> Completions:  # fmt: skip
     """Sample n completions of each prompt. The model and every random state stay as they are.
 
     prompts: chat messages, which get the chat template and its generation prompt, or plain strings.
-    temperature: 0 is greedy: all n are the same. top_p: the share of probability to sample from.
-    seed: fixes the samples; on a CPU whatever batch_size (completions at a time), up to rounding.
+    temperature: 0 is greedy: all n are the same. seed: fixes the samples, on a CPU up to rounding.
     progress: a label for a bar, which comes at once; None: a bar after two seconds; False: none.
 
     Raises ValueError for a setting out of range, a prompt without tokens or too long for the model,
     TypeError for prompts of another kind, FloatingPointError if the model's logits are not finite.
     """
-    if n < 1:
-        raise ValueError(f"n is {n}: sample at least one completion per prompt")
-    settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p, seed, batch_size)
+    settings = _settings(model, tokenizer, max_new_tokens, temperature, seed, batch_size, n)
     prompt_ids, draws = tokenize(tokenizer, prompts), 1 if temperature == 0 else n
     flat = _run(model, [ids for ids in prompt_ids for _ in range(draws)], settings, progress)
     texts = tokenizer.batch_decode(flat, skip_special_tokens=True) if flat else []
@@ -56,41 +49,31 @@ def sample(
 def rollout(prompts: list[Prompt], trainer: Any) -> dict[str, list]:
     """Sample a completion for each prompt: GRPOTrainer(..., rollout_func=sampling.rollout).
 
-    Settings are the trainer's. The seed is drawn from torch's global generator, which the trainer seeds from
-    args.seed, differently on each process, and restores on resuming. logprobs are vLLM's, or None as with
-    TRL's own generate. Raises ValueError if the trainer asks for anything that this does not do.
+    Settings are the trainer's. The seed is drawn from torch's global generator, which the trainer seeds and restores
+    on resuming. Raises ValueError if the trainer asks for anything that this does not do, such as vLLM.
     """
-    for owner, name, values in (
-        (trainer, "top_k", (0, -1, None)), (trainer, "min_p", (None, 0.0)),
-        (trainer, "repetition_penalty", (1.0, None)), (trainer, "tools", (None, [])),
-        (trainer, "environments", (None, [])), (trainer.args, "generation_kwargs", (None, {})),
+    for name, values in (
+        ("top_p", (1.0, None)), ("top_k", (0, -1, None)), ("min_p", (None, 0.0)), ("repetition_penalty", (1.0, None)),
+        ("tools", (None, [])), ("environments", (None, [])), ("generation_kwargs", (None, {})),
+        ("use_vllm", (False, None)),
     ):  # fmt: skip
-        if (value := getattr(owner, name, None)) not in values:
+        if (value := getattr(trainer.args, name, getattr(trainer, name, None))) not in values:
             takes = f"takes {name}={values[0]} only, and the trainer has {value!r}"
             raise ValueError(f"sampling.rollout {takes}: change that or leave rollout_func out")
     model, tokenizer, limit = trainer.model, trainer.processing_class, trainer.max_completion_length
     template = {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
     prompt_ids = tokenize(tokenizer, prompts, **template)
-    if trainer.use_vllm:
-        group = trainer.num_generations if model.training else trainer.num_generations_eval
-        _, completion_ids, logprobs, _ = trainer.vllm_generation.generate(prompt_ids, None, group)
-        # The first of those at each position is the sampled token's.
-        logprobs = [[position[0] for position in row] for row in logprobs]
-        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
     seed = int(torch.randint(2**62, ()))
-    settings = _settings(model, tokenizer, limit, trainer.temperature, trainer.top_p, seed)
+    settings = _settings(model, tokenizer, limit, trainer.temperature, seed)
     completion_ids = _run(model, prompt_ids, settings, progress=False)
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[Prompt], **template: Any) -> list[list[int]]:
-    """The token ids of each prompt, as TRL's trainers make them. Raises TypeError unless all prompts are
-    strings or all are lists of messages, and ValueError for a prompt without tokens.
-    """
+    """The token ids of each prompt, as TRL's trainers make them. Raises TypeError, or ValueError for an empty one."""
     kinds = {type(prompt) for prompt in prompts}
     if isinstance(prompts, str) or kinds not in (set(), {str}, {list}):
-        names = "one string" if isinstance(prompts, str) else {kind.__name__ for kind in kinds}
-        raise TypeError(f"prompts must be a list of strings or a list of conversations, not {names}")
+        raise TypeError(f"prompts must be a list of strings or a list of conversations, not {str(prompts)[:80]}")
     if kinds == {list}:
         prompt_ids = tokenizer.apply_chat_template(
             list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **template
@@ -111,12 +94,12 @@ def inference(model: Any) -> Iterator[torch.nn.Module]:
         with torch.inference_mode():
             yield view(model)
     else:
-        with torch.no_grad(), _switched(model):
+        with torch.no_grad(), switched(model):
             yield model
 
 
 @contextmanager
-def _switched(model: Any) -> Iterator[None]:
+def switched(model: Any) -> Iterator[None]:
     """Unsloth's switches set more than the mode: checkpointing, the cache, which forward runs."""
     unsloth = hasattr(model, "for_inference")
     modes = [(module, module.training) for module in model.modules()]
@@ -132,43 +115,38 @@ def _switched(model: Any) -> Iterator[None]:
 
 
 def _settings(
-    model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float, seed: int,
-    batch_size: int = 256,
+    model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, seed: int, batch_size: int = 256, n: int = 1
 ) -> Settings:  # fmt: skip
-    for name, value, fine, says in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("batch_size", batch_size, batch_size >= 1, "1 or more"),
-        ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or a positive number"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-    ):
-        if not fine:
-            raise ValueError(f"{name} must be {says}, not {value}")
-    ends = model.generation_config.eos_token_id or []
-    ends = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)} - {None}
+    for name, value in {"n": n, "max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
+        check_positive_int(name, value)
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}: it must be 0 (greedy) or a positive number")
     pad = tokenizer.pad_token_id or 0  # any token will do: padding is masked, and cut off
-    return Settings(max_new_tokens, temperature, top_p, seed, batch_size, tuple(ends), pad)
+    ends = tuple(end_tokens(model, tokenizer))
+    return Settings(max_new_tokens, temperature, seed, batch_size, ends, pad)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The ids of the tokens that end a completion."""
+    ends = model.generation_config.eos_token_id or []
+    return {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)} - {None}
 
 
 def _run(model: Any, rows: list, settings: Settings, progress: str | bool | None) -> list[list[int]]:
-    """One completion for each row of prompt ids, by the engine that the model has."""
+    """One completion for each row of prompt ids."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and (longest := max(map(len, rows), default=0)) + settings.max_new_tokens > limit:
-        raise ValueError(
-            f"a prompt has {longest} tokens and max_new_tokens is {settings.max_new_tokens}, but the model has "
-            f"{limit} positions: shorten the prompt or set max_new_tokens lower"
-        )
+        says = f"but the model has {limit} positions: shorten the prompt or set max_new_tokens lower"
+        raise ValueError(f"a prompt has {longest} tokens and max_new_tokens is {settings.max_new_tokens}, {says}")
     look = {"desc": progress, "delay": 0} if isinstance(progress, str) else {"delay": 2}  # seconds
-    with tqdm(total=len(rows), disable=progress is False, leave=False, **look) as bar:
-        if getattr(model, "vllm_engine", None) is not None:
-            return _with_vllm(model, rows, settings, bar.update)
-        with inference(model) as module:
-            engine = decode if model.device.type == "cpu" else _generate
-            return engine(module, rows, settings, bar.update)
+    engine = decode if model.device.type == "cpu" else _generate
+    with tqdm(total=len(rows), disable=progress is False, leave=False, **look) as bar, inference(model) as module:
+        return engine(module, rows, settings, bar.update)
 
 
 def _generate(model: Any, prompts: list, s: Settings, done: Callable[[int], Any]) -> list[list[int]]:
     """The model's own generate: Unsloth's forward for GPUs has a cache that only that knows."""
-    sampled = {"do_sample": True, "temperature": s.temperature, "top_p": s.top_p, "top_k": 0}
+    sampled = {"do_sample": True, "temperature": s.temperature, "top_p": 1.0, "top_k": 0}
     how = sampled if s.temperature > 0 else {"do_sample": False}
     completions = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -186,28 +164,3 @@ def _generate(model: Any, prompts: list, s: Settings, done: Callable[[int], Any]
                 completions[i] = up_to_end(row, s.ends)
             done(len(rows))
     return completions
-
-
-def _with_vllm(model: Any, prompts: list, s: Settings, done: Callable[[int], Any]) -> list[list[int]]:
-    """Unsloth's engine for fast_inference=True holds the base's weights: the adapter goes along."""
-    from vllm import SamplingParams
-
-    how = dict(temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_new_tokens, stop_token_ids=list(s.ends))
-    generator = torch.Generator().manual_seed(s.seed)
-    seeds = torch.randint(2**62, (len(prompts),), generator=generator).tolist()
-    adapter = None
-    if any(not layer.disable_adapters for layer in lora_layers(model).values()):
-        adapter = model.load_lora(_adapter_folder().name, load_tensors=True)
-    outputs = model.fast_generate(
-        [{"prompt_token_ids": ids} for ids in prompts],
-        sampling_params=[SamplingParams(seed=seed, **how) for seed in seeds],
-        lora_request=adapter, use_tqdm=False,
-    )  # fmt: skip
-    done(len(prompts))
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-@functools.cache
-def _adapter_folder() -> tempfile.TemporaryDirectory:
-    """Where Unsloth writes the adapter's config for vLLM; it goes when the process ends."""
-    return tempfile.TemporaryDirectory(prefix="rlnb-")

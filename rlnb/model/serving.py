@@ -33,7 +33,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 class Server(NamedTuple):
-    """Where an OpenAI client finds the model: OpenAI(base_url=url, api_key="none"), model=model."""
+    """Where a client finds the model: OpenAI(base_url=url, api_key="none").chat.completions.create(model=model, ...)"""
 
     url: str
     model: str
@@ -42,10 +42,6 @@ class Server(NamedTuple):
 @contextlib.contextmanager
 def serve(folder: str | os.PathLike[str], *, timeout: float = 120) -> Iterator[Server]:
     """Inside, a real local server answers OpenAI's chat calls; on leaving it is stopped.
-
-        with serving.serve("runs/merged") as server:
-            client = openai.OpenAI(base_url=server.url, api_key="none")
-            client.chat.completions.create(model=server.model, messages=[...], temperature=0)
 
     vLLM on a GPU that has it, else `transformers serve`; for this machine only. timeout: seconds until it is ready.
     Raises RuntimeError with the end of the server's log if it stops by itself, TimeoutError if it is never ready.

@@ -25,7 +25,7 @@ from rlnb.measure.intervals import Estimate, over_seeds
 from rlnb.measure.judge import best_of_n_kl
 from rlnb.measure.kl import KL, kl
 from rlnb.model import LoRA, load_model, reward_model, sampling
-from rlnb.model.adapters import base_name, resolve
+from rlnb.model.folders import base_name, resolve
 from rlnb.profiles import PRACTICE, by, model_name, profile
 from rlnb.record import runs
 from rlnb.show import plots

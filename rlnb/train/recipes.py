@@ -26,7 +26,7 @@ DEFAULTS = {
                        log_completions=False),
     "RLOOConfig": dict(top_p=1.0, top_k=0, num_iterations=1, epsilon=0.2, normalize_advantages=False,
                        mask_truncated_completions=False, log_completions=False),
-    "PPOConfig": dict(top_p=1.0),
+    "PPOConfig": {},
 }  # fmt: skip
 
 

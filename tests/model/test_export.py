@@ -1,6 +1,7 @@
 """rlnb.model.export on a random tiny model: the check of a merge, the export, the model card."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,12 +12,16 @@ import torch
 
 from rlnb.model import adapters, export, sampling
 from rlnb.model.load import load_model
-from rlnb.model.lora import LoRA
+from rlnb.model.lora import LoRA, lora_layers
 
 PROMPTS = [
     [{"role": "user", "content": f"Anna has {n} apples and buys 5 more. How many?"}]
     for n in range(3, 9)
 ]
+FOUND = {
+    dtype: re.compile(rf"{dtype}: logits differ by ([\d.e-]+) of their size \(allowed ([\d.e-]+)\)")
+    for dtype in export.TOLERANCE
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,74 +59,55 @@ def contents(folder):
 def test_a_right_merge_passes(base, name, std, dtype):
     model, tokenizer = with_an_adapter(base if name == "tiny" else name, std)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    checks = export.check_merge(model, tokenizer, PROMPTS, dtype=dtype, max_new_tokens=16)
-    assert [check.dtype for check in checks] == ["float32", dtype]
-    for check in checks:
-        assert check.ok, str(check)
-        assert 0 < check.difference <= check.tolerance == export.TOLERANCE[check.dtype]
-    assert checks[0].same == checks[0].texts == len(PROMPTS)
-    assert f"same greedy text on {checks[1].same} of 6 prompts" in str(checks[1])
+    found = export.check_merge(model, tokenizer, PROMPTS, dtype=dtype)
+    difference, allowed = FOUND[dtype].fullmatch(found).groups()
+    assert 0 < float(difference) < float(allowed) == export.TOLERANCE[dtype]
     assert all(p.equal(before[name]) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_merge_into_a_16_bit_base_is_rounded_once(base, dtype):
-    """W + s B A is added up in float32, whatever the base's type is, and not by way of that."""
+def test_a_merge_into_a_16_bit_base_has_its_tolerance(base, dtype):
     model, tokenizer = with_an_adapter(base, dtype="bfloat16")
-    checks = export.check_merge(model, tokenizer, PROMPTS, dtype=dtype, max_new_tokens=16)
-    assert all(check.ok for check in checks), str(checks)
-    assert [check.tolerance for check in checks] == [export.TOLERANCE["bfloat16"]] * 2
+    assert "(allowed 1e-01)" in export.check_merge(model, tokenizer, PROMPTS, dtype=dtype)
+
+
+def test_of_a_model_in_training_nothing_is_changed(base):
+    """Dropout is off for the comparison, and on again after it."""
+    model, tokenizer = load_model(base, LoRA(rank=8, dropout=0.5))
+    model.train()
+    modes = [module.training for module in model.modules()]
+    assert "logits differ by" in export.check_merge(model, tokenizer, PROMPTS[:2])
+    assert modes == [module.training for module in model.modules()]
 
 
 WRONG = {"a wrong scale": (0.99, False), "the adapter left out": (0, False), "a layer left out": (0, True)}
 
 
-def merge_wrongly(patch, model, factor, one_layer, on_disk_alone):
+def merge_wrongly(patch, model, factor, one_layer):
     """Multiplies what a merge adds, to all layers or to the last of fourteen."""
     from peft.tuners.lora import Linear
 
-    last = list(adapters.lora_layers(model).values())[-1]
-    right, write = Linear.get_delta_weight, export._write
+    last, right = list(lora_layers(model).values())[-1], Linear.get_delta_weight
 
     def update(layer, name):
         return right(layer, name) * (factor if layer is last or not one_layer else 1)
 
-    def write_wrongly(*arguments):
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(Linear, "get_delta_weight", update)
-            write(*arguments)
-
-    if on_disk_alone:
-        patch.setattr(export, "_write", write_wrongly)
-    else:
-        patch.setattr(Linear, "get_delta_weight", update)
+    patch.setattr(Linear, "get_delta_weight", update)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("error", WRONG)
-@pytest.mark.parametrize("on_disk_alone", [True, False])
-def test_the_weights_tell_a_wrong_merge_and_nothing_is_saved(
-    pair, tmp_path, monkeypatch, error, dtype, on_disk_alone
-):
-    merge_wrongly(monkeypatch, pair[0], *WRONG[error], on_disk_alone)
+def test_the_weights_tell_a_wrong_merge_and_nothing_is_saved(pair, tmp_path, monkeypatch, error, dtype):
+    merge_wrongly(monkeypatch, pair[0], *WRONG[error])
     with pytest.raises(RuntimeError, match=r"nothing is saved: .*_proj.weight on disk is not W \+ s B A"):
-        export.export_merged(*pair, tmp_path / "out", PROMPTS[:2], dtype=dtype, max_new_tokens=4)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("error", WRONG)
-def test_the_logits_tell_a_wrong_merge_as_well(pair, tmp_path, monkeypatch, error):
-    """In place, where float32 shows everything."""
-    monkeypatch.setattr(export, "_check_weights", lambda *_: None)
-    merge_wrongly(monkeypatch, pair[0], *WRONG[error], on_disk_alone=False)
-    with pytest.raises(RuntimeError, match=r"nothing is saved: the merge is not base \+ adapter: float32"):
-        export.export_merged(*pair, tmp_path / "out", PROMPTS, max_new_tokens=16)
+        export.export_merged(*pair, tmp_path / "out", PROMPTS[:2], dtype=dtype)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("error", "dtype"),
     [
+        ("a wrong scale", "float32"),
         ("the adapter left out", "float32"),
         ("the adapter left out", "float16"),
         ("the adapter left out", "bfloat16"),
@@ -129,12 +115,13 @@ def test_the_logits_tell_a_wrong_merge_as_well(pair, tmp_path, monkeypatch, erro
         ("a layer left out", "float16"),
     ],
 )
-def test_the_logits_tell_a_wrong_file(pair, monkeypatch, error, dtype):
+def test_the_logits_tell_a_wrong_merge_as_well(pair, tmp_path, monkeypatch, error, dtype):
     """In bfloat16 one layer of fourteen is near what rounding does: there the weights alone tell."""
     monkeypatch.setattr(export, "_check_weights", lambda *_: None)
-    merge_wrongly(monkeypatch, pair[0], *WRONG[error], on_disk_alone=True)
-    in_place, on_disk = export.check_merge(*pair, PROMPTS, dtype=dtype, max_new_tokens=16)
-    assert in_place.ok and not on_disk.ok, str(on_disk)
+    merge_wrongly(monkeypatch, pair[0], *WRONG[error])
+    with pytest.raises(RuntimeError, match=rf"nothing is saved: the merge is not base \+ adapter: {dtype}"):
+        export.export_merged(*pair, tmp_path / "out", PROMPTS, dtype=dtype)
+    assert not list(tmp_path.iterdir())
 
 
 # --- export --------------------------------------------------------------------------------------
@@ -162,9 +149,9 @@ def test_the_merged_model_loads_in_stock_transformers(pair, tmp_path, capsys):
     from safetensors.torch import load_file
 
     model, tokenizer = pair
-    folder = export.export_merged(model, tokenizer, tmp_path / "out", PROMPTS, max_new_tokens=16)
+    folder = export.export_merged(model, tokenizer, tmp_path / "out", PROMPTS)
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in said[-2:]] == ["float32", "bfloat16"]
+    assert said[-1].startswith("bfloat16: logits differ by ")
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     out = tmp_path / "found.safetensors"
     done = subprocess.run(
@@ -187,7 +174,7 @@ def test_the_merged_model_loads_in_stock_transformers(pair, tmp_path, capsys):
 def test_what_is_exported_is_16_bit_without_lora_and_without_a_path(pair, base, tmp_path):
     from safetensors.torch import load_file
 
-    folder = export.export_merged(*pair, tmp_path / "out", PROMPTS, max_new_tokens=8)
+    folder = export.export_merged(*pair, tmp_path / "out", PROMPTS)
     weights = load_file(folder / "model.safetensors")
     original = load_file(base / "model.safetensors")
     assert weights.keys() == original.keys()
@@ -202,46 +189,33 @@ def test_what_is_exported_is_16_bit_without_lora_and_without_a_path(pair, base, 
 
 
 def test_the_card_says_what_the_model_is_made_of(pair, tmp_path):
-    config = {"output_dir": str(tmp_path), "warmup": None, "learning_rate": 2e-3, "beta": 0.1, "rank": 8}
+    strict = {"k": 130, "n": 200}
     run = SimpleNamespace(
-        id="20261120-sft", method="sft", seed=7, parent="20261119-sft", labels=128, config=config,
-        result={"strict": {"k": 130, "n": 200}, "mean_tokens": 31.25},
+        id="20261120-sft", method="sft", seed=7, parent="20261119-sft",
+        result={"strict": strict, "mean_tokens": 31.25, "start": {"strict": strict}},
     )  # fmt: skip
-    folder = export.export_merged(
-        *pair, tmp_path / "solver", PROMPTS[:2], run=run, licence="mit", max_new_tokens=8
-    )
+    folder = export.export_merged(*pair, tmp_path / "solver", PROMPTS[:2], run=run, licence="mit")
     lines = (folder / "README.md").read_text().splitlines()
-    assert lines[:6] == [
+    assert lines[:8] == [
         "---", "base_model: tiny", "library_name: transformers", "pipeline_tag: text-generation",
-        "license: mit", "---",
+        "license: mit", "---", "", "# solver",
     ]  # fmt: skip
-    assert "# solver" in lines
     for row in [
         "| base model | tiny |",
         "| adapter | LoRA rank 8, alpha 16, merged into the weights |",
-        "| method | sft |",
         "| data | not recorded |",
-        "| labels | 128 |",
-        "| seed | 7 |",
-        "| started from | 20261119-sft |",
-        "| weights | bfloat16 |",
         "| licence | mit |",
-        "## Run 20261120-sft",
-        "| strict | 130 of 200 (65.0 %) |",
-        "| mean_tokens | 31.25 |",
-        "| beta | 0.1 |",
+        "| run | 20261120-sft, method sft, seed 7, started from 20261119-sft |",
+        "| strict | 130 of 200 |",
     ]:
         assert row in lines, row
-    assert any(line.startswith("| merge checked | float32: logits differ") for line in lines)
+    assert any(line.startswith("| merge checked | every weight is W + s B A") for line in lines)
+    assert any("; bfloat16: logits differ by " in line for line in lines)
     assert any(line.startswith("| made with | python ") for line in lines)
-    settings = lines[lines.index("## Settings") + 4 :]
-    assert settings == ["| learning_rate | 0.002 |", "| beta | 0.1 |", "| rank | 8 |"]
 
 
 def test_without_a_run_the_card_says_so(pair, tmp_path):
-    folder = export.export_merged(
-        *pair, tmp_path / "out", PROMPTS[:1], data="ten problems", max_new_tokens=4
-    )
+    folder = export.export_merged(*pair, tmp_path / "out", PROMPTS[:1], data="ten problems")
     text = (folder / "README.md").read_text()
     assert "method" not in text
     assert "| data | ten problems |" in text
@@ -251,13 +225,12 @@ def test_without_a_run_the_card_says_so(pair, tmp_path):
 
 def test_the_practice_models_licence_is_known(pair, base, monkeypatch):
     monkeypatch.setattr(export.folders, "DATA", base.parent)
-    checks = [export.Check("bfloat16", 0.0, 0.1, 1, 1)]
-    assert "license: apache-2.0\n" in export._model_card(pair[0], checks, None, None, None, "x")
+    assert "license: apache-2.0\n" in export._model_card(pair[0], "checked", None, "", None, "x")
 
 
 def test_an_interrupted_export_leaves_the_old_one_whole(pair, tmp_path, monkeypatch):
     model, tokenizer = pair
-    folder = export.export_merged(model, tokenizer, tmp_path / "out", PROMPTS[:1], max_new_tokens=4)
+    folder = export.export_merged(model, tokenizer, tmp_path / "out", PROMPTS[:1])
     old = contents(folder)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -270,10 +243,10 @@ def test_an_interrupted_export_leaves_the_old_one_whole(pair, tmp_path, monkeypa
     for name in ("_model_card", "_check_weights", "load_model"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(export, name, interrupted)
-            export.export_merged(model, tokenizer, folder, PROMPTS[:1], max_new_tokens=4)
+            export.export_merged(model, tokenizer, folder, PROMPTS[:1])
         assert contents(folder) == old
         assert [file.name for file in tmp_path.iterdir()] == ["out"]
-    export.export_merged(model, tokenizer, folder, PROMPTS[:1], max_new_tokens=4)
+    export.export_merged(model, tokenizer, folder, PROMPTS[:1])
     assert contents(folder)["model.safetensors"] != old["model.safetensors"]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
@@ -281,7 +254,7 @@ def test_an_interrupted_export_leaves_the_old_one_whole(pair, tmp_path, monkeypa
 def test_what_is_not_exported(pair, base, tmp_path):
     model, tokenizer = pair
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match=r"more than a merged model \(thesis.tex\)"):
+    with pytest.raises(FileExistsError, match=r"holds other files \(thesis.tex\)"):
         export.export_merged(model, tokenizer, tmp_path, PROMPTS)
     with pytest.raises(ValueError, match="dtype is 'int8': it must be one of float32, "):
         export.export_merged(model, tokenizer, tmp_path / "out", PROMPTS, dtype="int8")
@@ -293,9 +266,3 @@ def test_what_is_not_exported(pair, base, tmp_path):
     ):
         export.export_merged(model, tokenizer, tmp_path / "out", PROMPTS)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-@pytest.mark.skipif("export.backend() == 'unsloth-gpu'")
-def test_gguf_names_the_other_way(pair, tmp_path):
-    with pytest.raises(RuntimeError, match=r"GPU machine.*convert_hf_to_gguf\.py"):
-        export.export_gguf(*pair, tmp_path)

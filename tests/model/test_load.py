@@ -21,10 +21,10 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from rlnb.data import shapes
 from rlnb.model import (
-    LoRA, Saved, backend, backends, folders, load, load_model, quiet, resolve, save_adapter,
+    LoRA, backend, backends, folders, load, load_model, quiet, resolve, save_adapter,
     trainable,
 )  # fmt: skip
-from rlnb.model.lora import ALL_LINEAR, INITS, from_rlinf, lora_layers
+from rlnb.model.lora import ALL_LINEAR, INITS, lora_layers
 from rlnb.task import problems
 
 RANKS = (1, 2, 3, 4, 7, 8, 16, 32, 64, 128, 256, 320, 512, 513)
@@ -107,7 +107,6 @@ def test_a_folder_that_is_no_adapter(base, tmp_path):
             "no linear layer w1 for LoRA: its layers are q_",
         ),
         ({"lora": LoRA(targets=["lm_head"])}, "lm_head is refused: TRL computes"),
-        ({"lora": LoRA(init="pissa")}, "'pissa', which rewrites the base's weights"),
         ({"lora": LoRA(), "max_lora_rank": 513, "fast_inference": True}, "513 is above 512"),
         ({"fast_inference": True}, "pass lora=LoRA"),
         ({"lora": 16}, r"lora is 16: it must be LoRA\(...\), an adapter's folder or None"),
@@ -202,7 +201,7 @@ def test_a_new_adapter_changes_nothing_yet_and_trains_alone(base, capsys):
     assert tokenizer.apply_chat_template(CHAT, tokenize=False).startswith("<|user|>Anna")
 
 
-@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])
+@pytest.mark.parametrize("init", ["default", "gaussian"])
 def test_the_seed_fixes_the_start_as_in_stock_peft(base, init):
     first, again, other = (
         load_model(base, LoRA(rank=4, init=init), seed=seed)[0].state_dict() for seed in (5, 5, 6)
@@ -217,7 +216,7 @@ def test_the_seed_fixes_the_start_as_in_stock_peft(base, init):
     assert not any(torch.equal(first[name], other[name]) for name in first if "lora_A" in name)
 
 
-@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])
+@pytest.mark.parametrize("init", ["default", "gaussian"])
 def test_with_the_adapter_off_the_model_is_the_base(base, init):
     """Also after a step, which is what makes it a reference."""
     model, _ = load_model(base, LoRA(rank=4, init=init))
@@ -232,37 +231,14 @@ def test_with_the_adapter_off_the_model_is_the_base(base, init):
         assert torch.equal(logits(model), plain)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_an_init_that_rewrites_the_base_is_no_reference(base, init):
-    """Why it is refused unless the caller says that no reference is wanted."""
-    model, _ = load_model(base, LoRA(rank=4, init=init), reference=False)
-    plain = logits(load_model(base)[0])
-    assert torch.allclose(logits(model), plain, atol=1e-3)
-    with model.disable_adapter():
-        assert not torch.allclose(logits(model), plain, atol=1e-2)
-
-
-def test_an_adapter_that_rewrote_the_base_does_so_again(base, tmp_path):
-    model, _ = load_model(base, LoRA(rank=4, init="pissa"), reference=False)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1)
-    folder = save_adapter(model, tmp_path / "pissa")
-    with pytest.raises(ValueError, match=r"init_lora_weights is 'pissa', which rewrites"):
-        load_model(base, folder)
-    again, _ = load_model(base, folder, reference=False)
-    assert torch.allclose(logits(again), logits(model), atol=1e-4)
-
-
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])
 def test_targets_and_scale_reach_peft(base, targets):
-    model, _ = load_model(base, LoRA(rank=4, alpha=8, targets=targets, use_rslora=True))
+    model, _ = load_model(base, LoRA(rank=4, alpha=8, targets=targets))
     names = ALL_LINEAR if targets == "all-linear" else targets
     assert model.peft_config["default"].target_modules == set(names)
     layers = list(lora_layers(model).values())
     assert len(layers) == 2 * len(names)
-    assert {module.scaling["default"] for module in layers} == {8 / 4**0.5}
+    assert {module.scaling["default"] for module in layers} == {2.0}
 
 
 def test_full_fine_tuning_trains_everything(base, capsys):
@@ -270,21 +246,6 @@ def test_full_fine_tuning_trains_everything(base, capsys):
     count, total = trainable(model)
     assert count == total == sum(parameter.numel() for parameter in model.parameters())
     assert "(full fine-tuning, which has no rank)" in capsys.readouterr().out
-
-
-def test_another_rank_than_the_saved_one_is_reported(base, trained, capsys):
-    said = "Rank 16 was asked for: the saved adapter keeps its own, 8.\n"
-    settings = {"is_lora": True, "lora_rank": 16, "lora_path": str(trained[0])}
-    for lora, expected in [
-        (Saved(trained[0], rank=16), said),
-        (from_rlinf(settings), said),
-        (Saved(trained[0], rank=8), ""),
-        (Saved(trained[0]), ""),
-        (str(trained[0]), ""),
-    ]:
-        model, _ = load_model(base, lora)
-        assert model.peft_config["default"].r == 8
-        assert capsys.readouterr().out.split("\n", 1)[1] == expected
 
 
 def test_a_saved_adapter_goes_on_training_at_its_own_rank(base, trained, capsys):
@@ -352,7 +313,6 @@ def test_fast_inference_on_a_cpu_is_said_once(base, capsys):
         load_model(base, LoRA(), fast_inference=True, max_lora_rank=20)
     out = capsys.readouterr().out
     assert out.count("rollouts use transformers here") == 1
-    assert out.count("max_lora_rank 20 becomes 32") == 1
 
 
 def test_a_gpu_without_vllm_is_told_the_way_out(monkeypatch):
@@ -371,7 +331,7 @@ def test_without_unsloth_the_plain_path_gives_the_same(base, trained, monkeypatc
     try:
         capsys.readouterr()
         plain = load_model(base, LoRA(rank=4), seed=3)[0].state_dict()
-        assert "Unsloth is not installed: models load with plain" in capsys.readouterr().out
+        assert "Unsloth is not installed, or this is macOS: models load with plain" in capsys.readouterr().out
         assert plain.keys() == new.keys()
         assert all(torch.equal(plain[name], new[name]) for name in new)
         saved, tokenizer = load_model(base, trained[0], max_seq_length=99)

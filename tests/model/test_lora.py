@@ -4,10 +4,10 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, GPT2Config
+from transformers import AutoConfig
 
 from rlnb.model import lora
-from rlnb.model.lora import ALL_LINEAR, ATTENTION, MLP, LoRA, Saved
+from rlnb.model.lora import ALL_LINEAR, ATTENTION, MLP, LoRA
 
 # rank -> the least that vLLM can set aside for it; None: vLLM has no such rank.
 TABLE = {1: 1, 2: 8, 3: 8, 4: 8, 7: 8, 8: 8, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256, 320: 320,
@@ -82,11 +82,10 @@ def test_an_update_has_no_more_rank_than_the_smallest_width():
         ({"alpha": 0}, "alpha is 0"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"dropout": -0.1}, "dropout is -0.1"),
-        ({"targets": ()}, r'targets is \(\): it must be "all-linear" or names'),
+        ({"targets": ()}, r'targets is \(\): it takes .* targets "all-linear" or names'),
         ({"targets": "q_proj"}, "targets is 'q_proj'"),
-        ({"init": "normal"}, "init is 'normal': it must be one of default, gaussian, orthogonal"),
-        ({"init": "corda"}, "init is 'corda'"),
-        ({"init": "orthogonal", "rank": 7}, "rank is 7: it must be even for init='orthogonal'"),
+        ({"init": "normal"}, "init is 'normal': it takes .*init one of default, gaussian"),
+        ({"init": "pissa"}, "LoRA init is 'pissa', which rewrites the base's weights"),
     ],
 )
 def test_a_lora_that_cannot_work(fields, says):
@@ -97,19 +96,17 @@ def test_a_lora_that_cannot_work(fields, says):
 def test_a_list_of_targets_becomes_a_tuple():
     assert LoRA(targets=["q_proj"]).targets == ("q_proj",)
     assert LoRA(targets="all-linear").targets == "all-linear"
-    assert LoRA(init="orthogonal", rank=8).rank == 8
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
 def test_inits_that_rewrite_the_base_are_refused_with_the_reason(init):
-    lora.check_init(init, reference=False)
     with pytest.raises(ValueError, match=f"'{init}', which rewrites .* off the model is no longer"):
-        lora.check_init(init, reference=True)
+        lora.check_init(init)
 
 
 @pytest.mark.parametrize("init", [True, False, None, "default", "gaussian", "orthogonal", "eva"])
 def test_inits_that_leave_the_base_alone_pass(init):
-    lora.check_init(init, reference=True)
+    lora.check_init(init)
 
 
 # --- targets -------------------------------------------------------------------------------------
@@ -133,11 +130,6 @@ def test_the_layers_are_those_that_peft_adapts(skeleton, targets):
     }  # fmt: skip
 
 
-def test_gpt2s_layers_have_their_inputs_first():
-    gpt2 = lora.skeleton(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10))
-    assert lora.target_layers(gpt2, ["c_attn"]) == {"transformer.h.0.attn.c_attn": (8, 24)}
-
-
 @pytest.mark.parametrize("targets", [["q_proj", "w_q", "w_k"], ["embed_tokens"], "no such .*"])
 def test_an_unknown_layer_is_named_beside_those_there_are(skeleton, targets):
     unknown = [targets] if isinstance(targets, str) else [t for t in targets if t != "q_proj"]
@@ -154,57 +146,37 @@ def test_the_output_layer_is_refused_with_the_reason(skeleton):
         lora.target_layers(skeleton, ("q_proj", "lm_head"))
 
 
-# --- suggestions ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("method", "rank"), [("grpo", 64), ("ppo", 64), ("sft", 16), ("dpo", 32), ("orpo", 32)])
-def test_a_suggested_rank_is_the_convention_and_says_so(method, rank):
-    found = lora.suggest_rank(method)
-    assert found.startswith(f"rank {rank}: the usual range for ")
-    assert "a convention, not a finding: TRL's page says the opposite (SFT 256, RL 1-32)" in found
-
-
-def test_what_has_no_convention_is_refused():
-    with pytest.raises(ValueError, match="method is 'bert': it must be one of sft, grpo, ppo"):
-        lora.suggest_rank("bert")
-
-
 # --- RLinf's keys --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ("is_lora: false", None),
-        ("is_lora: false\nlora_rank: 32\nlora_path: null", None),
-        ("is_lora: true\nlora_rank: 8", LoRA(rank=8, alpha=8, init="gaussian")),
-        ("is_lora: true\nlora_rank: 8\nlora_path:", LoRA(rank=8, alpha=8, init="gaussian")),
-        ("is_lora: true\nlora_path: runs/sft", Saved("runs/sft")),
-        ("is_lora: true\nlora_rank: 8\nlora_path: runs/sft", Saved("runs/sft", 8)),
+        ({"is_lora": False}, None),
+        ({"is_lora": False, "lora_rank": 32, "lora_path": None}, None),
+        ({"is_lora": False, "lora_path": "runs/sft"}, None),
+        ({"is_lora": True, "lora_rank": 8}, LoRA(rank=8, alpha=8, init="gaussian")),
+        ({"is_lora": True, "lora_rank": 8, "lora_path": None}, LoRA(rank=8, alpha=8, init="gaussian")),
+        ({"is_lora": True, "lora_path": "runs/sft"}, "runs/sft"),
+        ({"is_lora": True, "lora_rank": 8, "lora_path": "runs/sft"}, "runs/sft"),
     ],
 )
-def test_rlinfs_keys_are_read(tmp_path, keys, expected):
-    file = tmp_path / "rlinf.yaml"
-    file.write_text(keys)
-    assert lora.from_rlinf(file) == expected
-    nested = "\n".join("    " + line for line in keys.split("\n"))
-    file.write_text(f"algorithm:\n  adv_type: gae\nactor:\n  model:\n    precision: 32\n{nested}\n")
-    assert lora.from_rlinf(str(file)) == expected
+def test_rlinfs_keys_are_read(keys, expected):
+    assert lora.from_rlinf(keys) == expected
 
 
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ("{}", "is_lora is None: it must be true or false"),
-        ("is_lora: 'yes'", "is_lora is 'yes': it must be true or false"),
-        ("is_lora: true", "lora_rank is None: it must be a whole number"),
-        ("is_lora: true\nlora_rank: '16'", "lora_rank is '16': it must be a whole number"),
+        ({}, "is_lora is None: it must be true or false"),
+        ({"is_lora": "yes"}, "is_lora is 'yes': it must be true or false"),
+        ({"is_lora": True}, "lora_rank is None: it must be a whole number"),
+        ({"is_lora": True, "lora_rank": "16"}, "lora_rank is '16': it must be a whole number"),
     ],
 )
-def test_rlinfs_keys_that_make_no_sense(tmp_path, keys, says):
-    (file := tmp_path / "rlinf.yaml").write_text(keys)
-    with pytest.raises(ValueError, match=f"^{file}: {says}"):
-        lora.from_rlinf(file)
+def test_rlinfs_keys_that_make_no_sense(keys, says):
+    with pytest.raises(ValueError, match=says):
+        lora.from_rlinf(keys)
 
 
 def test_a_rank_that_one_layer_alone_has_counts():

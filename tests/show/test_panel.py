@@ -13,7 +13,7 @@ import time
 import pytest
 
 from rlnb.model import LoRA, load_model, trainable
-from rlnb.model.adapters import base_name, resolve
+from rlnb.model.folders import base_name, resolve
 from rlnb.profiles import model_name
 from rlnb.record import progress, runs
 from rlnb.show import forecast, live, run_table

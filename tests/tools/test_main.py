@@ -53,10 +53,9 @@ def test_a_mistake_is_told_in_a_line(arguments, message, capsys):
     assert told.startswith("error: ") and message in told
 
 
-def test_on_demand_with_its_traceback(monkeypatch):
-    monkeypatch.setenv("RLNB_DEBUG", "1")
+def test_on_demand_with_its_traceback():
     with pytest.raises(ValueError, match="give NAME=VALUE"):
-        __main__.main(["train", "sft", "--set", "beta"])
+        __main__.main(["--debug", "train", "sft", "--set", "beta"])
 
 
 def test_the_doctor_reads_a_run(capsys):

@@ -70,7 +70,7 @@ def config(folder, **settings):
     usual = {
         "max_steps": 1, "per_device_train_batch_size": 8, "max_completion_length": 6,
         "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
-        "use_cpu": True, "bf16": False, "num_ppo_epochs": 1, "disable_tqdm": True,
+        "use_cpu": True, "bf16": False, "num_ppo_epochs": 1, "disable_tqdm": True, "value_learning_rate": 1e-2,
     }  # fmt: skip
     return ppo.PPOConfig(output_dir=str(folder), **usual | settings)
 

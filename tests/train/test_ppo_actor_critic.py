@@ -99,7 +99,6 @@ def test_the_kl_is_measured_where_it_costs_no_reward_but_not_at_the_price_of_a_s
     adapter = build(load(base, "trained"), tmp_path, max_steps=2, kl_coef=0.0)
     adapter.train()
     assert log(adapter)[1]["kl"] != 0
-    assert log(adapter)[1]["objective/rlhf_reward"] == pytest.approx(log(adapter)[1]["reward"])
     full = build(load(base, "full"), tmp_path, kl_coef=0.0)
     full.train()
     assert full.reference is None and "kl" not in log(full)[0]
@@ -138,8 +137,6 @@ def test_the_reference_at_work_leaves_the_policy_as_it_was(base, start):
 
 
 def test_models_that_cannot_be_policies_are_refused(base, tmp_path):
-    with pytest.raises(TypeError, match="load it first"):
-        build(("abacus-3m", None), tmp_path)
     frozen = load(base)
     frozen[0].requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the model trains"):

@@ -36,10 +36,9 @@ def test_rewards_are_weighed_and_none_counts_as_nothing(base, tmp_path):
     (row,) = log(trainer)
     mean = row["rewards/length/mean"]
     assert row["completions/mean_length"] / 6 == pytest.approx(mean)
-    assert row["rewards/half/mean"] == 3.0 and row["rewards/half/std"] == 0.0
+    assert row["rewards/half/mean"] == 3.0
     assert row["reward"] == pytest.approx(2 * mean + 0.5 * 3.0 / 2, rel=1e-6)
     assert row["numbers"] == 3.5
-    assert row["objective/rlhf_reward"] == pytest.approx(row["reward"])
 
 
 @pytest.mark.parametrize("returned, match", (
@@ -186,10 +185,6 @@ def test_reward_adapters_that_do_not_fit_are_refused(base, tmp_path, judge):
     policy = save_adapter(load(base, "trained")[0], tmp_path / "policy")
     with pytest.raises(ValueError, match="no score head with one output but none"):
         build(loaded, tmp_path, policy)
-    strange = changed_copy(folder, tmp_path / "strange")
-    words = tiny.tokenizer()
-    words.add_tokens(["<new>"])
-    words.save_pretrained(strange)
-    loaded[1].add_tokens(["<other>"])
-    with pytest.raises(ValueError, match="has another tokenizer: token '<other>' as missing"):
-        build(loaded, tmp_path, strange)
+    rewriting = changed_copy(folder, tmp_path / "rewriting", init_lora_weights="pissa")
+    with pytest.raises(ValueError, match=r"adapter_config\.json: init_lora_weights is 'pissa', which rewrites"):
+        build(loaded, tmp_path, rewriting)

@@ -27,8 +27,7 @@ class ActorCritic(nn.Module):
     A linear head on the policy's own last hidden state gives the value, so that one forward pass serves
     both and the value's gradient reaches the policy's adapter. The head is float32 whatever the model is,
     and starts at zero: V = 0, and no gradient from it reaches the trunk before it has learnt something.
-
-    temperature: that of the policy. Logits are divided by it everywhere.
+    Logits are divided by the policy's temperature everywhere.
     """
 
     def __init__(self, model: Any, temperature: float = 1.0):
@@ -40,15 +39,13 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value_head.bias)
         self.plain_head = _head_is_plain(causal_lm(model))
 
-    def forward(
-        self, ids_BL: Tensor, predicts_BL: Tensor, entropy: bool = False
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(self, ids_BL: Tensor, predicts_BL: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability, entropy (if asked for) and value of each of N completion tokens, as (N,).
 
         ids_BL: prompt and completion padded on the right, where causal attention never looks, so that
             padding needs no mask and changes nothing.
-        predicts_BL: True at each position whose next token is of the completion. That position is the
-            state in which the token was chosen. N tokens are in the order of x_BL[predicts_BL].
+        predicts_BL: True at each position whose next token is of the completion: the state in which that was
+            chosen. N tokens are in the order of x_BL[predicts_BL].
         """
         states = predicts_BL.flatten().nonzero()[:, 0]  # index_select is faster than a mask backwards
         target_N = ids_BL.roll(-1, 1).flatten()[states]
@@ -66,8 +63,8 @@ class ActorCritic(nn.Module):
 
 def token_statistics(
     x: Tensor, head: nn.Module | None, target_N: Tensor, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(N,) log-probabilities of the targets and, if asked for, (N,) entropies.
+) -> tuple[Tensor, Tensor]:
+    """(N,) log-probabilities of the targets and, if asked for, else zeros, (N,) entropies.
 
     x: (N, width) hidden states for the output layer `head`; with None (N, vocabulary) logits. The float32
     logits of a large vocabulary are computed a piece at a time, and again in the backward pass.
@@ -79,7 +76,7 @@ def token_statistics(
         log_p = logits.log_softmax(-1)
         chosen_N = log_p.gather(-1, target_N[:, None])[:, 0]
         if not entropy:
-            return chosen_N, chosen_N.detach()
+            return chosen_N, torch.zeros_like(chosen_N)
         return chosen_N, -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)  # 0 x -inf is NaN
 
     size = max(1, LOGITS_AT_ONCE // (x.shape[-1] if head is None else head.weight.shape[0]))
@@ -88,8 +85,7 @@ def token_statistics(
     else:  # Unsloth puts a function of its own in checkpoint's place, so the kind is said here
         pieces = zip(x.split(size), target_N.split(size), strict=True)
         found = [checkpoint(piece, *each, use_reentrant=False) for each in pieces]
-    chosen_N, entropy_N = (torch.cat(column) for column in zip(*found, strict=True))
-    return chosen_N, entropy_N if entropy else None
+    return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -99,9 +95,8 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _head_is_plain(lm: Any) -> bool:
-    """Whether logits are the output layer of the last hidden state and nothing else.
-
-    Some models scale or cap them (Gemma 2, Cohere, Granite), so a glance at one short input decides.
+    """Whether logits are the output layer of the last hidden state and nothing else. Some models scale or cap them
+    (Gemma 2, Cohere, Granite), so a glance at one short input decides.
     """
     ids = torch.arange(8, device=lm.device)[None] % lm.config.get_text_config().vocab_size
     with torch.no_grad():
@@ -119,10 +114,9 @@ class Reference:
         if has_adapter(model):
             config = copy.deepcopy(model.peft_config[POLICY])
             weights = get_peft_model_state_dict(model, None, POLICY, save_embedding_layers=False)
-            add_frozen(model, REFERENCE, config, weights, "the policy's adapter")
+            add_frozen(model, REFERENCE, config, weights)
         else:
-            frozen = copy.deepcopy(model).requires_grad_(False)
-            self.actor = ActorCritic(frozen, actor.temperature)
+            self.actor = ActorCritic(copy.deepcopy(model).requires_grad_(False), actor.temperature)
 
     @contextmanager
     def active(self) -> Iterator[ActorCritic]:
@@ -145,45 +139,28 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if has_adapter(model) else model
 
 
-def add_frozen(model: Any, name: str, config: Any, weights: dict[str, Tensor], source: Any) -> None:
-    """Put an adapter beside the policy's that never trains, in the place of an older one of that name."""
+def add_frozen(model: Any, name: str, config: Any, weights: dict[str, Tensor]) -> None:
+    """Put an adapter beside the policy's that never trains, in the place of an older one of that name.
+    ValueError if the weights do not fit.
+    """
     if name in model.peft_config:
         model.delete_adapter(name)
     # PiSSA and its kin would take the new adapter out of the base's weights.
     config.init_lora_weights, config.lora_dropout = True, 0.0
-    trains = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
-    with torch.random.fork_rng():
+    with adapters.restored(model), torch.random.fork_rng():
         model.add_adapter(name, config)
-    fill(model, name, weights, source)
-    for key, parameter in model.named_parameters():
-        parameter.requires_grad_(key in trains)
-
-
-def fill(model: Any, name: str, weights: dict[str, Tensor], source: Any) -> None:
-    """Give an adapter its weights. Raises ValueError, which names `source`, if they do not fit."""
-    try:
         found = set_peft_model_state_dict(model, weights, adapter_name=name)
-    except RuntimeError as error:
-        raise ValueError(f"{source} does not fit the model: {error}") from error
-    wrong = [f"{key} is missing" for key in found.missing_keys if f".{name}." in key]
-    wrong += [f"{key} is left over" for key in found.unexpected_keys]
-    if wrong:
-        raise ValueError(f"{source} does not fit the model: {wrong[0]}")
+        model.set_requires_grad(name, False)
+    if left := found.unexpected_keys + [key for key in found.missing_keys if f".{name}." in key]:
+        raise ValueError(f"the adapter {name!r} does not fit the model: {left[0]} is left over or missing")
 
 
 def check_policy(model: Any) -> None:
-    """Raise TypeError or ValueError unless the model trains, and with LoRA its adapter "default" alone."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {model!r}: load it first, with rlnb.model.load_model")
+    """Raise ValueError unless the model trains, and with LoRA its adapter "default" alone."""
     trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trains:
-        raise ValueError(
-            "no parameter of the model trains: attach an adapter (load_model(..., lora=LoRA())), or load a "
-            "saved one (load_model(..., lora=folder))"
-        )
+        raise ValueError("no parameter of the model trains: load it with load_model(..., lora=LoRA()) or a folder")
     others = [name for name in trains if f".{POLICY}." not in f"{name}."]
     if has_adapter(model) and others:  # turning the adapter off would not turn these off
-        raise ValueError(
-            f"{others[0]} is not of the adapter {POLICY!r} and trains: the base must be frozen, so with LoRA "
-            "take bias='none', or set its requires_grad to False"
-        )
+        says = "the base must be frozen, so with LoRA take bias='none', or set its requires_grad to False"
+        raise ValueError(f"{others[0]} is not of the adapter {POLICY!r} and trains: {says}")

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from rlnb import files
-from rlnb.train.ppo.actor_critic import POLICY, REFERENCE, ActorCritic, fill, has_adapter
+from rlnb.model.folders import load_weights
+from rlnb.train.ppo.actor_critic import POLICY, REFERENCE, ActorCritic, has_adapter
 
 from peft import PeftModel
 from safetensors.torch import load_file, save
@@ -28,10 +29,8 @@ class ActorCriticTrainer(Trainer):
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.n_gpu > 1:
-            raise ValueError(
-                "PPOTrainer works on one device, or on several with one process and a complete model on each "
-                "(accelerate launch): not with DeepSpeed, FSDP or DataParallel"
-            )
+            says = "one device, or several with one process and a complete model on each (accelerate launch)"
+            raise ValueError(f"PPOTrainer works on {says}: not with DeepSpeed, FSDP or DataParallel")
         self._metrics: dict[str, list[float]] = defaultdict(list)
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
@@ -42,13 +41,12 @@ class ActorCriticTrainer(Trainer):
         if self.optimizer is None:
             super().create_optimizer(model)
             rate, head = self.args.value_learning_rate, list(self.actor_critic.value_head.parameters())
-            rate = self.args.learning_rate if rate is None else rate
             self.optimizer.add_param_group({"params": head, "lr": rate, "weight_decay": 0.0})
         return self.optimizer
 
     def step_optimizer(self, model: Any) -> None:
         """An update within a step; Trainer's loop makes the last one of each."""
-        if self.args.max_grad_norm and self.args.max_grad_norm > 0:
+        if self.args.max_grad_norm:
             self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
         model.zero_grad()
@@ -73,20 +71,15 @@ class ActorCriticTrainer(Trainer):
     # --- checkpoints -----------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, or go on from a checkpoint: its folder, or True for the last complete one in output_dir.
-
-        A run that was killed and goes on equals, step by step, one that was not, if model, settings and
-        data are given in the same way again.
+        """Train, or go on from a checkpoint: its folder, or True for the last complete one in output_dir. A run
+        that goes on equals, step by step, one that was not killed, if all is given in the same way again.
         """
         if resume_from_checkpoint is True:  # the state is what Trainer writes last
-            complete = Path(self.args.output_dir).glob("checkpoint-*/trainer_state.json")
-            steps = {int(file.parent.name.rpartition("-")[2]): file.parent for file in complete}
-            if not steps:
-                raise FileNotFoundError(
-                    f"{self.args.output_dir} holds no complete checkpoint to resume from: set save_strategy "
-                    "and save_steps, or start anew"
-                )
-            resume_from_checkpoint = str(steps[max(steps)])
+            complete = [f.parent for f in Path(self.args.output_dir).glob("checkpoint-*/trainer_state.json")]
+            if not complete:
+                says = "holds no complete checkpoint to resume from: set save_strategy and save_steps, or start anew"
+                raise FileNotFoundError(f"{self.args.output_dir} {says}")
+            resume_from_checkpoint = str(max(complete, key=lambda f: int(f.name.rpartition("-")[2])))
         self._metrics.clear()  # of steps after the last log of an earlier call
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -110,9 +103,8 @@ class ActorCriticTrainer(Trainer):
         if not (folder / HEAD).is_file():
             raise FileNotFoundError(f"{folder} is no checkpoint of PPOTrainer: it has no {HEAD}")
         if has_adapter(self.model):
-            for name, place in {POLICY: folder, REFERENCE: folder / REFERENCE}.items():
-                file = place / "adapter_model.safetensors"
-                fill(self.model, name, load_file(file), file)
+            load_weights(self.model, folder, POLICY, trainable=True)
+            load_weights(self.model, folder / REFERENCE, REFERENCE, trainable=False)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.actor_critic.value_head.load_state_dict(load_file(folder / HEAD))

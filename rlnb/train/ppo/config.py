@@ -3,18 +3,14 @@
 import math
 from dataclasses import dataclass
 
-import rlnb.model  # noqa: F401  Unsloth before transformers
-from transformers import TrainingArguments
+from rlnb.model.lora import check_positive_int
 
-RANGES = {  # the lowest and the highest value that can work
-    "temperature": (1e-6, math.inf), "top_p": (1e-6, 1.0), "kl_coef": (0.0, math.inf),
-    "gamma": (0.0, 1.0), "lam": (0.0, 1.0), "cliprange": (1e-6, math.inf), "vf_coef": (0.0, math.inf),
-    "cliprange_value": (1e-6, math.inf), "ent_coef": (-math.inf, math.inf),
-    "value_learning_rate": (0.0, math.inf), "max_completion_length": (1, math.inf),
-    "num_ppo_epochs": (1, math.inf), "num_mini_batches": (1, math.inf),
-}  # fmt: skip
-WHOLE_NUMBERS = ("max_completion_length", "num_ppo_epochs", "num_mini_batches")
-OPTIONAL = ("cliprange_value", "value_learning_rate")
+from transformers import TrainingArguments  # after rlnb.model, which brings in Unsloth
+
+WHOLE = ("max_completion_length", "num_ppo_epochs", "num_mini_batches")
+RANGES = {"gamma": (0, 1), "lam": (0, 1)}  # the lowest and the highest value that can work
+RANGES |= dict.fromkeys(("kl_coef", "vf_coef", "value_learning_rate"), (0, math.inf))
+RANGES |= dict.fromkeys(("temperature", "cliprange", "cliprange_value"), (1e-6, math.inf))
 
 
 @dataclass
@@ -28,18 +24,17 @@ class PPOConfig(TrainingArguments):
     sequences. Prompts at the end of an epoch that fill no batch are left out.
 
         max_completion_length: tokens; where a completion has not ended by then it is cut off.
-        temperature, top_p: of sampling. Log-probabilities are those at this temperature.
+        temperature: of sampling. Log-probabilities are those at this temperature.
         reward_weights: one number per reward, default 1 each.
         kl_coef: beta, the weight of the KL penalty for each token (Ouyang et al. 2022, eq. 2; they had
             0.02). The KL is measured from where the policy starts. 0: no penalty.
         gamma: discount (GAE, 2016), 1 for texts. lam: lambda of eq. 16, from 0 (trust the critic) to 1
             (trust the rewards).
         whiten_advantages: mean 0 and variance 1 over the real tokens of the batch.
-        num_ppo_epochs, num_mini_batches: see above.
         cliprange: eps of PPO (2017), eq. 7. cliprange_value: the same for the value, in units of reward
-            (Stiennon et al. 2020); None: no clip.
-        vf_coef: weight of the value loss (c1 of PPO's eq. 9). ent_coef: of the entropy bonus (c2).
-        value_learning_rate: of the critic's head; default: learning_rate.
+            (Stiennon et al. 2020).
+        vf_coef: weight of the value loss (c1 of PPO's eq. 9).
+        value_learning_rate: of the critic's head.
 
     Raises ValueError for a value that cannot work.
     """
@@ -50,7 +45,6 @@ class PPOConfig(TrainingArguments):
 
     max_completion_length: int = 256
     temperature: float = 1.0
-    top_p: float = 1.0
     reward_weights: list[float] | None = None
     kl_coef: float = 0.05
     gamma: float = 1.0
@@ -59,25 +53,20 @@ class PPOConfig(TrainingArguments):
     num_ppo_epochs: int = 4
     num_mini_batches: int = 1
     cliprange: float = 0.2
-    cliprange_value: float | None = 0.2
+    cliprange_value: float = 0.2
     vf_coef: float = 0.1
-    ent_coef: float = 0.0
-    value_learning_rate: float | None = None
+    value_learning_rate: float = 3e-3
 
     def __post_init__(self):
         super().__post_init__()
+        for name in WHOLE:
+            check_positive_int(name, getattr(self, name))
         for name, (low, high) in RANGES.items():
-            value, kinds = getattr(self, name), int if name in WHOLE_NUMBERS else int | float
-            if value is None and name in OPTIONAL:
-                continue
-            number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not low <= value <= high:
-                kind = "a whole number" if name in WHOLE_NUMBERS else "a number"
-                raise ValueError(f"{name} is {value!r}: it must be {kind} from {low:g} to {high:g}")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}: it must be a number from {low:g} to {high:g}")
         rollouts = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if rollouts % self.num_mini_batches:
-            raise ValueError(
-                f"num_mini_batches is {self.num_mini_batches}, which does not divide the {rollouts} rollouts "
-                f"of a step (per_device_train_batch_size {self.per_device_train_batch_size} * "
-                f"gradient_accumulation_steps {self.gradient_accumulation_steps}): change one of the three"
-            )
+            says = "of a step, per_device_train_batch_size * gradient_accumulation_steps: change one of the three"
+            wrong = f"num_mini_batches is {self.num_mini_batches}, which does not divide the {rollouts} rollouts"
+            raise ValueError(f"{wrong} {says}")

@@ -80,19 +80,15 @@ def policy_loss(
     return -torch.minimum(free_N, clipped_N), clipped_N < free_N
 
 
-def value_loss(
-    values_N: Tensor, old_N: Tensor, returns_N: Tensor, cliprange: float | None
-) -> tuple[Tensor, Tensor]:
-    """Half the squared error of the value, and whether the clip holds it back: per token.
+def value_loss(values_N: Tensor, old_N: Tensor, returns_N: Tensor, cliprange: float) -> Tensor:
+    """Half the squared error of the value: per token.
 
     As in OpenAI's baselines and in Stiennon et al. (2020) the larger of two errors counts, that of V
-    and that of V held within `cliprange` of what it was at the rollout; None: no clipping.
+    and that of V held within `cliprange` of what it was at the rollout.
     """
     error_N = (values_N - returns_N).square()
-    if cliprange is None:
-        return 0.5 * error_N, torch.zeros_like(error_N, dtype=torch.bool)
     clipped_N = (values_N.clamp(old_N - cliprange, old_N + cliprange) - returns_N).square()
-    return 0.5 * torch.maximum(error_N, clipped_N), clipped_N > error_N
+    return 0.5 * torch.maximum(error_N, clipped_N)
 
 
 def plan_updates(

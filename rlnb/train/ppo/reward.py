@@ -1,7 +1,5 @@
-"""What PPO takes as a reward: functions with TRL's signature, and reward adapters.
-
-Each becomes a source: an object with a name that maps a batch of completions to (B,) numbers, NaN where it
-cannot judge.
+"""What PPO takes as a reward: functions with TRL's signature, and reward adapters. Each becomes a source, which
+has a name and maps a batch of completions to (B,) numbers, NaN where it cannot judge.
 """
 
 import os
@@ -10,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlnb.model import adapters
+from rlnb.model.folders import read_saved
 from rlnb.task import rewards
 from rlnb.train.ppo.actor_critic import add_frozen, causal_lm, has_adapter, linear
 from rlnb.train.ppo.rollouts import Rollouts, right_pad
@@ -18,7 +17,6 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 ROWS_AT_ONCE = 64  # sequences that a reward adapter reads in one forward pass
 
@@ -30,8 +28,7 @@ def sources(reward_funcs: Any, model: Any, tokenizer: Any) -> list[Any]:
     - a reward adapter's folder: LoRA with a score head on the policy's base, as TRL's RewardTrainer
       saves it. It moves onto that base, which is not loaded a second time.
 
-    Raises ValueError, TypeError or FileNotFoundError for anything else and for a reward adapter of another
-    base or tokenizer.
+    Raises ValueError, TypeError or FileNotFoundError for anything else and for a reward adapter of another base.
     """
     given = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     found = []
@@ -42,16 +39,11 @@ def sources(reward_funcs: Any, model: Any, tokenizer: Any) -> list[Any]:
         elif callable(reward) and not isinstance(reward, nn.Module):
             found.append(FunctionReward(reward))
         else:
-            raise TypeError(
-                f"reward_funcs[{i}] is a {type(reward).__name__}: it must be a function or the folder of a "
-                "reward adapter. rlnb.model.reward_model.as_reward makes a function of a reward model"
-            )
+            says = "a function or the folder of a reward adapter. reward_model.as_reward makes a function of a model"
+            raise TypeError(f"reward_funcs[{i}] is a {type(reward).__name__}: it must be {says}")
     names = [source.name for source in found]
     if not names or len(set(names)) < len(names):
-        raise ValueError(
-            f"reward_funcs has the names {names}: give at least one, and each a name of its own "
-            "(fn.__name__, or the folder's)"
-        )
+        raise ValueError(f"reward_funcs has the names {names}: give at least one, and each a name of its own")
     return found
 
 
@@ -79,17 +71,14 @@ def score(
     ids = [[*prompt, *c, *(behind if c[-1] in ends else [])] for prompt, c in pairs]
     scores_BR = torch.stack([source(ids, columns) for source in sources], 1)
     for row in scores_BR.isnan().all(1).nonzero():
-        raise rewards.RewardError(
-            f"no reward judged the completion {texts[int(row)]!r}: each returned None. Let one of them judge "
-            "every completion"
-        )
+        says = "each returned None. Let one of them judge every completion"
+        raise rewards.RewardError(f"no reward judged the completion {texts[int(row)]!r}: {says}")
     return scores_BR
 
 
 def _behind_the_end(tokenizer: Any, ends: set[int]) -> list[int]:
-    """What the chat template writes behind the end token, as a line break.
-
-    A reward model is trained on complete conversations, and its score read there.
+    """What the chat template writes behind the end token, as a line break: a reward model is trained on complete
+    conversations, and its score read there.
     """
     short = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
     ids = tokenizer.apply_chat_template(short, tokenize=True, return_dict=True)["input_ids"]
@@ -104,7 +93,6 @@ class FunctionReward:
         self.name = self.fn.__name__
 
     def __call__(self, ids: Sequence[Sequence[int]], columns: Mapping[str, Any]) -> Tensor:
-        """ids: of prompt and completion. columns: what TRL passes to a reward function."""
         values = self.fn(**columns)
         return torch.tensor([float("nan") if v is None else float(v) for v in values])
 
@@ -114,36 +102,30 @@ class AdapterReward:
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path, adapter: str):
         if not has_adapter(model):
-            raise ValueError(
-                f"{folder} is an adapter, which needs a frozen base, and the policy's trains: give the "
-                "policy LoRA, or the reward as a function (rlnb.model.reward_model.as_reward)"
-            )
-        self.name, self.model, self.adapter = folder.name, model, adapter
-        self.pad = tokenizer.pad_token_id or 0
-        folder, config = adapters.read_saved(folder)
-        _check_fits(folder, config, model, tokenizer)
-        file = folder / "adapter_model.safetensors"
-        weights = load_file(file)
-        heads = {key: weights.pop(key) for key in list(weights) if key.endswith("score.weight")}
-        if [len(head) for head in heads.values()] != [1]:
-            shapes = {key: tuple(head.shape) for key, head in heads.items()}
-            raise ValueError(
-                f"{folder} has no score head with one output but {shapes or 'none'}: train it with "
-                'LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"]) and num_labels=1'
-            )
+            says = "give the policy LoRA, or the reward as a function (rlnb.model.reward_model.as_reward)"
+            raise ValueError(f"{folder} is an adapter, which needs a frozen base, and the policy's trains: {says}")
+        self.name, self.model, self.adapter, self.pad = folder.name, model, adapter, tokenizer.pad_token_id or 0
+        folder, _ = read_saved(folder)
         lora = LoraConfig.from_pretrained(str(folder))
+        names = [Path(name or "").name for name in (lora.base_model_name_or_path, causal_lm(model).name_or_path)]
+        if all(names) and len(set(names)) > 1:
+            raise ValueError(f"{folder} was trained on {names[0]}, and the policy's base is {names[1]}: take its own")
+        weights = load_file(folder / "adapter_model.safetensors")
+        heads = [weights.pop(key) for key in list(weights) if key.endswith("score.weight")]
+        if [len(head) for head in heads] != [1]:
+            says = 'LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"]) and num_labels=1'
+            shapes = [tuple(head.shape) for head in heads] or "none"
+            raise ValueError(f"{folder} has no score head with one output but {shapes}: train it with {says}")
         lora.modules_to_save, lora.task_type, lora.inference_mode = None, "CAUSAL_LM", True
-        add_frozen(model, adapter, lora, weights, file)
-        (head,) = heads.values()
+        add_frozen(model, adapter, lora, weights)
+        (head,) = heads
         self.head = nn.Linear(head.shape[1], 1, bias=False, device=model.device, dtype=torch.float32)
         self.head.requires_grad_(False).weight.copy_(head)
 
     @torch.no_grad()
     def __call__(self, ids: Sequence[Sequence[int]], columns: Mapping[str, Any]) -> Tensor:
-        """Scores of prompt and completion, read off the last token.
-
-        That token is counted, not looked for: a model that pools at the last token which is not padding
-        goes wrong where the end token pads.
+        """Scores of prompt and completion, read off the last token. That is counted, not looked for: a model that
+        pools at the last token which is not padding goes wrong where the end token pads.
         """
         score_B, device = torch.empty(len(ids)), self.model.device
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -157,29 +139,6 @@ class AdapterReward:
                 hidden = hidden[torch.arange(len(rows), device=device), last]
                 score_B[rows] = linear(self.head, hidden)[:, 0].float().cpu()
         if not score_B.isfinite().all():
-            raise rewards.RewardError(
-                f"reward adapter {self.name!r} gave {score_B[~score_B.isfinite()][0].item()}: its training "
-                "has diverged, or its precision is too low"
-            )
+            says = f"gave {score_B[~score_B.isfinite()][0].item()}: its training has diverged"
+            raise rewards.RewardError(f"reward adapter {self.name!r} {says}")
         return score_B
-
-
-def _check_fits(folder: Path, config: Mapping[str, Any], model: Any, tokenizer: Any) -> None:
-    """Raise ValueError for the adapter of another base or, if its folder has one, of another tokenizer."""
-    trained_on = Path(config.get("base_model_name_or_path") or "").name
-    policy = Path(causal_lm(model).config._name_or_path or "").name
-    if trained_on and policy and trained_on != policy:
-        raise ValueError(
-            f"{folder} was trained on {trained_on}, and the policy's base is {policy}: a reward adapter "
-            "works on its own base only"
-        )
-    if not (folder / "tokenizer_config.json").is_file():
-        return
-    theirs = AutoTokenizer.from_pretrained(str(folder)).get_vocab()
-    for token, i in tokenizer.get_vocab().items():
-        if theirs.get(token) != i:
-            raise ValueError(
-                f"{folder} has another tokenizer: token {token!r} as {theirs.get(token, 'missing')}, the "
-                f"policy as {i}. It would read the policy's tokens as other words: give it as a function "
-                "that tokenises text itself (rlnb.model.reward_model.as_reward)"
-            )

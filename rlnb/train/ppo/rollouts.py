@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlnb.model import sampling
-from rlnb.train.ppo.actor_critic import causal_lm
 from rlnb.train.ppo.formulas import kl_estimate
 
 import torch
@@ -47,10 +45,8 @@ def lay_out(
     for key in ("prompt_ids", "completion_ids"):
         sizes = [len(ids) for ids in found[key]]
         if len(sizes) != len(prompts) or not all(sizes):
-            raise ValueError(
-                f"rollout_func returned {key} of {sizes} tokens for {len(prompts)} prompts: PPO takes one "
-                "row for each, of at least 1 token, the end token included"
-            )
+            says = "PPO takes one row for each, of at least 1 token"
+            raise ValueError(f"rollout_func returned {key} of {sizes} tokens for {len(prompts)} prompts: {says}")
     start_B, size_B = (
         torch.tensor([len(ids) for ids in found[key]], device=device)
         for key in ("prompt_ids", "completion_ids")
@@ -79,27 +75,6 @@ def put(target_BT: Tensor, rows: Tensor, mask_BT: Tensor, flat_N: Tensor) -> Non
     target_BT[rows] = part
 
 
-def check_prompts(dataset: Any, model: Any, tokenizer: Any, max_new: int, batch: int) -> None:
-    """Raise ValueError unless there is a batch of prompts, each of which leaves room for a completion."""
-    columns = getattr(dataset, "column_names", None) or []
-    if "prompt" not in columns:
-        raise ValueError(f"train_dataset needs a column 'prompt', and has {', '.join(columns) or 'none'}")
-    if len(dataset) < batch:
-        raise ValueError(
-            f"train_dataset has {len(dataset)} prompts, and a step takes {batch} "
-            "(per_device_train_batch_size * gradient_accumulation_steps * processes): lower those"
-        )
-    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
-    prompts = list(dataset["prompt"])
-    for i, ids in enumerate(sampling.tokenize(tokenizer, prompts)):
-        if limit and len(ids) + max_new > limit:
-            raise ValueError(
-                f"train_dataset, row {i}: the prompt has {len(ids)} tokens, and with max_completion_length "
-                f"{max_new} that is more than the model's {limit} positions. Leave it out or lower "
-                f"max_completion_length: {str(prompts[i])[:80]}"
-            )
-
-
 def summary(
     batch: Rollouts, names: Sequence[str], gather: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
@@ -117,23 +92,16 @@ def summary(
     def variance(x_BT: Tensor) -> Tensor:
         return total(x_BT**2) / n - (total(x_BT) / n) ** 2
 
-    def deviation(x: Tensor) -> Tensor | float:
-        return x.std() if len(x) > 1 else 0.0
-
     length_B, score_B = rows(batch.mask_BT.sum(1)), rows(batch.score_B)
     n, episodes = length_B.sum(), len(length_B)
     found = {
-        "completions/mean_length": length_B.mean(), "completions/min_length": length_B.min(),
-        "completions/max_length": length_B.max(),
-        "completions/clipped_ratio": 1 - rows(batch.finished_B).mean(),
-        "reward": score_B.mean(), "reward_std": deviation(score_B),
-        "entropy": total(batch.entropy_BT) / n, "value/mean": total(batch.values_BT) / n,
-        "objective/rlhf_reward": total(batch.rewards_BT) / episodes,
+        "completions/mean_length": length_B.mean(), "completions/clipped_ratio": 1 - rows(batch.finished_B).mean(),
+        "reward": score_B.mean(), "reward_std": score_B.std() if episodes > 1 else 0.0,
+        "entropy": total(batch.entropy_BT) / n,
     }  # fmt: skip
     for name, column_B in zip(names, rows(batch.scores_BR).unbind(1), strict=True):
-        said = column_B[~column_B.isnan()]
-        if len(said):
-            found |= {f"rewards/{name}/mean": said.mean(), f"rewards/{name}/std": deviation(said)}
+        if not column_B.isnan().all():
+            found[f"rewards/{name}/mean"] = column_B.nanmean()
     if batch.reference_BT is not None:
         kl = total(kl_estimate(batch.log_probs_BT, batch.reference_BT))
         found |= {"kl": kl / n, "kl/sequence": kl / episodes}

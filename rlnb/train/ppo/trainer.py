@@ -17,17 +17,14 @@ from rlnb.train.ppo import formulas, reward
 from rlnb.train.ppo.actor_critic import ActorCritic, Reference, check_policy, has_adapter
 from rlnb.train.ppo.base import ActorCriticTrainer
 from rlnb.train.ppo.config import PPOConfig
-from rlnb.train.ppo.rollouts import Rollouts, check_prompts, lay_out, put, summary
+from rlnb.train.ppo.rollouts import Rollouts, lay_out, put, summary
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 from trl.trainer.utils import disable_dropout_in_model
 
-UPDATE_METRICS = (
-    "loss", "policy/loss", "policy/approx_kl", "policy/clipfrac", "policy/ratio", "value/loss",
-    "value/clipfrac",
-)  # fmt: skip
+UPDATE_METRICS = ("loss", "policy/loss", "policy/approx_kl", "policy/clipfrac", "policy/ratio", "value/loss")
 
 
 class PPOTrainer(ActorCriticTrainer):
@@ -36,11 +33,8 @@ class PPOTrainer(ActorCriticTrainer):
     model: a PEFT model, whose adapter "default" trains (`rlnb.model.load_model`), or a model that trains
         in full. It gets an adapter "ref", where it starts, and one named "reward" for a reward adapter.
         Its dropout is set to 0.
-    args: see PPOConfig.
     reward_funcs: one or a list, see `reward.sources`; args.reward_weights weighs them.
-    train_dataset: with a column "prompt" of strings or of messages. Other columns go to the reward
-        functions.
-    processing_class: the tokenizer.
+    train_dataset: with a column "prompt" of strings or of messages. Other columns go to the reward functions.
     rollout_func: (prompts, trainer) -> {"prompt_ids": ..., "completion_ids": ...}, as TRL's GRPOTrainer
         takes it. The settings of sampling are attributes of the trainer.
 
@@ -48,15 +42,9 @@ class PPOTrainer(ActorCriticTrainer):
     """
 
     def __init__(
-        self,
-        model: Any,
-        args: PPOConfig,
-        reward_funcs: Any,
-        train_dataset: Any,
-        processing_class: Any,
-        callbacks: list | None = None,
-        rollout_func: Callable[[list, Any], dict[str, list]] | None = None,
-    ):
+        self, model: Any, args: PPOConfig, reward_funcs: Any, train_dataset: Any, processing_class: Any,
+        callbacks: list | None = None, rollout_func: Callable[[list, Any], dict[str, list]] | None = None,
+    ):  # fmt: skip
         check_policy(model)
         self.micro_batch_size = args.per_device_train_batch_size
         # For Trainer's loop a batch of rollouts is one step. It is cut into pieces here.
@@ -65,14 +53,16 @@ class PPOTrainer(ActorCriticTrainer):
         args.gradient_accumulation_steps, args.dataloader_drop_last = 1, True
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         batch = args.per_device_train_batch_size * args.world_size
-        check_prompts(train_dataset, model, processing_class, args.max_completion_length, batch)
+        columns, rows = train_dataset.column_names, len(train_dataset)
+        if "prompt" not in columns or rows < batch:
+            says = f"it needs a column 'prompt', and a step takes {batch} rows, on all processes"
+            raise ValueError(f"train_dataset has the columns {columns} and {rows} rows: {says}")
         disable_dropout_in_model(model)  # with it, old and new policy would differ without any update
         self.reward_sources = reward.sources(reward_funcs, model, processing_class)
         self.reward_names = [source.name for source in self.reward_sources]
         weights = args.reward_weights or [1.0] * len(self.reward_names)
         if len(weights) != len(self.reward_names):
-            names = ", ".join(self.reward_names)
-            raise ValueError(f"reward_weights is {weights}: give a number for each reward, {names}")
+            raise ValueError(f"reward_weights is {weights}: give a number for each reward, {self.reward_names}")
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, data_collator=list,
             processing_class=processing_class, callbacks=callbacks,
@@ -81,25 +71,17 @@ class PPOTrainer(ActorCriticTrainer):
         self.actor_critic = ActorCritic(model, args.temperature)
         # With LoRA the KL costs a forward pass, and is logged even where it has no weight.
         self.reference = Reference(self.actor_critic) if has_adapter(model) or args.kl_coef else None
-        self._set_up_sampling(rollout_func)
+        self.end_tokens = sampling.end_tokens(model, processing_class)
+        # What `sampling.rollout` and others of its kind ask a trainer for:
+        self.rollout_func = rollout_func or sampling.rollout
+        self.max_completion_length, self.temperature = args.max_completion_length, args.temperature
+        self.chat_template, self.chat_template_kwargs = None, {}
         set_seed(args.seed, device_specific=True)  # each process samples in its own way
 
-    def _set_up_sampling(self, rollout_func: Callable | None) -> None:
-        """What `sampling.rollout` and others of its kind ask a trainer for."""
-        args, ends = self.args, self.model.generation_config.eos_token_id or []
-        self.rollout_func = rollout_func or sampling.rollout
-        self.max_completion_length = args.max_completion_length
-        self.temperature, self.top_p = args.temperature, args.top_p
-        self.chat_template, self.chat_template_kwargs, self.use_vllm = None, {}, False
-        args.generation_kwargs = None
-        ends = {self.processing_class.eos_token_id, *([ends] if isinstance(ends, int) else ends)}
-        self.eos_token_ids = ends - {None}
-
     def training_step(self, model: Any, inputs: list[dict], num_items_in_batch: Any = None) -> Tensor:
-        """All of a step but the last update's optimizer step, which Trainer's loop makes.
+        """All of a step but the last update's optimizer step, which Trainer's loop makes. Returns the mean loss.
 
-        model: the actor-critic as accelerate has wrapped it. inputs: rows of the data set. Returns the
-        mean loss of the updates.
+        model: the actor-critic as accelerate has wrapped it. inputs: rows of the data set.
         """
         args, times = self.args, [time.perf_counter()]
         model.train()
@@ -137,12 +119,12 @@ class PPOTrainer(ActorCriticTrainer):
     def _roll_out(self, rows: list[dict]) -> Rollouts:
         prompts, pad = [row["prompt"] for row in rows], self.processing_class.pad_token_id or 0
         found = self.rollout_func(prompts, self)
-        return lay_out(prompts, found, self.eos_token_ids, pad, self.accelerator.device)
+        return lay_out(prompts, found, self.end_tokens, pad, self.accelerator.device)
 
     def _score(self, batch: Rollouts, rows: list[dict]) -> None:
         with self.accelerator.autocast():
             scores_BR = reward.score(
-                self.reward_sources, self.processing_class, batch, rows, self.eos_token_ids,
+                self.reward_sources, self.processing_class, batch, rows, self.end_tokens,
                 trainer_state=self.state, log_metric=lambda name, value: self.record({name: value}),
             )  # fmt: skip
         batch.scores_BR = scores_BR.to(self.accelerator.device)
@@ -150,10 +132,8 @@ class PPOTrainer(ActorCriticTrainer):
 
     @torch.no_grad()
     def _measure(self, batch: Rollouts, pieces: Sequence[Tensor]) -> None:
-        """What policy, critic and reference say before the first update.
-
-        pieces: the first epoch's micro-batches. There the same numbers come out again to the last bit, so
-        that the ratio of the first update is exactly 1.
+        """What policy, critic and reference say before the first update. pieces: the first epoch's micro-batches,
+        where the same numbers come out again to the last bit: the ratio of the first update is exactly 1.
         """
         shape = (4, *batch.mask_BT.shape)
         log_probs_BT, entropy_BT, values_BT, reference_BT = torch.zeros(shape, device=batch.ids_BL.device)
@@ -200,10 +180,8 @@ class PPOTrainer(ActorCriticTrainer):
         return loss
 
     def _backward(self, model: Any, batch: Rollouts, pieces: list[Tensor]) -> dict[str, float]:
-        """The gradient of a mini-batch's loss, added up piece by piece. Returns its statistics.
-
-        The loss is a mean over all tokens of the mini-batch on all processes, so that it does not matter
-        how they are cut into pieces.
+        """The gradient of a mini-batch's loss, added up piece by piece. Returns its statistics. The loss is a mean
+        over all tokens of the mini-batch on all processes: it does not matter how they are cut into pieces.
         """
         count = self.total(torch.stack([batch.mask_BT[rows].sum() for rows in pieces]).sum())
         sums = torch.zeros(len(UPDATE_METRICS), dtype=torch.float64, device=batch.ids_BL.device)
@@ -219,17 +197,14 @@ class PPOTrainer(ActorCriticTrainer):
     def _losses(self, model: Any, batch: Rollouts, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The loss of some rows' tokens, and as much of each of UPDATE_METRICS after the first.
 
-        PPO (2017), eq. 9: L = L_clip + vf_coef L_value - ent_coef H.
+        PPO (2017), eq. 9 without its bonus for entropy: L = L_clip + vf_coef L_value.
         """
         args, mask = self.args, batch.mask_BT[rows]
         old_N, advantages_N = batch.log_probs_BT[rows][mask], batch.advantages_BT[rows][mask]
         before_N, returns_N = batch.values_BT[rows][mask], batch.returns_BT[rows][mask]
-        log_probs_N, entropy_N, values_N = self._forward(model, batch, rows, args.ent_coef != 0)
+        log_probs_N, _, values_N = self._forward(model, batch, rows)
         policy_N, clipped_N = formulas.policy_loss(log_probs_N, old_N, advantages_N, args.cliprange)
-        value_N, held_N = formulas.value_loss(values_N, before_N, returns_N, args.cliprange_value)
-        loss_N = policy_N + args.vf_coef * value_N
-        if args.ent_coef:
-            loss_N = loss_N - args.ent_coef * entropy_N
+        value_N = formulas.value_loss(values_N, before_N, returns_N, args.cliprange_value)
         change_N = log_probs_N.detach() - old_N
         approx_kl_N = torch.expm1(change_N) - change_N
-        return loss_N, [policy_N, approx_kl_N, clipped_N, change_N.exp(), value_N, held_N]
+        return policy_N + args.vf_coef * value_N, [policy_N, approx_kl_N, clipped_N, change_N.exp(), value_N]
