@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,6 +66,13 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(do=do)
         return added.add_argument
 
+    _everyday(command)
+    _makers(command)
+    return parser
+
+
+def _everyday(command: Callable) -> None:
+    """What a reader types."""
     add = command("setup", _setup, "make the environment, if anything changed")
     add("--kind", choices=environments.STEPS, help="default: as it is, or unsloth")
     add("--here", action="store_true", help="install into the Python that runs this")
@@ -89,6 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", metavar="RUN", help="go on with a run that ended early; only the method stands beside it")
     add("--set", action="append", default=[], metavar="NAME=VALUE",
         help="an argument of the method's TRL config, like beta=0.5; may be given again")  # fmt: skip
+
+
+def _makers(command: Callable) -> None:
+    """What makes the files that ship."""
     add = command("compare", "rlnb.tools.compare", "all methods over seeds: writes data/results/methods.csv")
     add("--seeds", type=int, default=5)
     add("--only", nargs="+", metavar="METHOD", help="like 'SFT, DPO'; default: all")
@@ -102,7 +114,6 @@ def _parser() -> argparse.ArgumentParser:
     add = command("data", _data, "write data/problems/ anew")
     add("--preferences", action="store_true", help="data/preferences/ too: samples an SFT model")
     add("--reward-model", action="store_true", help="data/reward-model/ too: trains it, four minutes")
-    return parser
 
 
 def _setup(arguments, rest) -> int:
