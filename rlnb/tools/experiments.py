@@ -86,7 +86,7 @@ def _result(child: subprocess.Popen, call: Callable, task: tuple) -> Any:
             result, error = pickle.load(child.stdout)
             child.wait()
     except (OSError, EOFError, pickle.UnpicklingError):
-        why = f"its process ended with {child.returncode} before the result was there. Had the machine memory left?"
+        why = f"its process died or was killed (status {child.returncode}). Had the machine memory left?"
         raise ChildProcessError(f"{call.__name__}{task}: {why}") from None
     if error:
         raise error

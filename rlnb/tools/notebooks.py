@@ -127,7 +127,8 @@ async def _run_cells(notebook, name: str, folder: Path) -> str:
         client.kc.start_channels()
         await client.kc.wait_for_ready(timeout=600)  # seconds, for a busy machine
         client.kc.allow_stdin = False
-        for number, i in enumerate(tqdm(cells, name, leave=False, disable=None), 1):  # None: in a terminal only
+        bar = tqdm(cells, name, leave=False, mininterval=0, disable=None)  # None: it shows in a terminal only
+        for number, i in enumerate(bar, 1):
             cell = asyncio.ensure_future(_run_cell(client, i))
             try:
                 failure = await asyncio.shield(cell)

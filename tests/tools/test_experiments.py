@@ -47,7 +47,7 @@ def die(number):
 
 
 def test_a_process_that_is_killed_is_told():
-    with pytest.raises(ChildProcessError, match=r"die\(5,\): its process ended with -9 before"):
+    with pytest.raises(ChildProcessError, match=r"die\(5,\): its process died or was killed \(status -9\)"):
         list(experiments.side_by_side(die, [(5,)], jobs=1))
 
 
