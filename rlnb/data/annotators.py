@@ -36,7 +36,7 @@ class Annotator:
     def judge(self, row: Row, rng: random.Random) -> tuple[list[Comparison], list[float] | None]:
         """Every pair of the row's responses compared, and the scores where there are any."""
         scores = self.scores(row)
-        if any(map(math.isnan, scores)):
+        if any(score is None or math.isnan(score) for score in scores):
             raise ValueError(f"row {row['id']}: {self.name} scores {scores}, which has no order")
         places = combinations(range(len(scores)), 2)
         return [(i, j, (scores[i] > scores[j]) - (scores[i] < scores[j])) for i, j in places], scores
@@ -99,7 +99,7 @@ class Clarity(Annotator):
 
     def __post_init__(self) -> None:
         weights = (self.correctness, self.clarity, self.format)
-        if min(weights) < 0 or sum(weights) <= 0:
+        if not (min(weights) >= 0 and sum(weights) > 0):  # as NaN is neither
             raise ValueError(f"the weights are {weights}: none below 0, and one above, are needed")
         check_rate(self.detail, "detail")
 
@@ -135,11 +135,14 @@ class AI(Annotator):
     def scores(self, row: Row) -> list[float]:
         texts = list(dict.fromkeys(row["responses"]))  # equal texts must get equal scores
         says = [[*row["prompt"], {"role": "assistant", "content": text}] for text in texts]
-        found = dict(zip(texts, self.model_score(says), strict=True))
+        scores = self.model_score(says)
+        if len(scores) != len(texts):
+            raise ValueError(f"row {row['id']}: {self.name} gave {len(scores)} scores for {len(texts)} texts")
+        found = dict(zip(texts, scores, strict=True))
         return [found[text] for text in row["responses"]]
 
 
 def check_rate(rate: float, name: str = "rate") -> None:
     """Raise ValueError for what is no share."""
-    if not 0 <= rate <= 1:
+    if not (isinstance(rate, int | float) and 0 <= rate <= 1):
         raise ValueError(f"{name} is {rate!r}: it must be between 0 and 1")

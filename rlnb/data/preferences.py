@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 def rows(problems: Sequence[task.Problem], texts: Sequence[Sequence[str]]) -> list[Row]:
     """Response rows of problems: texts[i] are the responses that were sampled to problems[i]."""
+    if len(problems) != len(texts):
+        raise ValueError(f"{len(problems)} problems and {len(texts)} lists of texts: each problem needs one")
+    if alone := [responses for responses in texts if isinstance(responses, str)]:
+        raise TypeError(f"{alone[0]!r:.80} stands where a list of responses should")
     return [{"id": p.id, "question": p.question, "answer": p.answer, "kind": p.kind,
              "prompt": task.prompt(p), "responses": list(responses)}
             for p, responses in zip(problems, texts, strict=True)]  # fmt: skip
@@ -43,11 +47,9 @@ def write(rows: Iterable[Row], path: str | Path) -> None:
 def read(path: str | Path) -> list[Row]:
     """The rows of a JSONL file. Raises ValueError with the file, the line, the field and its value."""
     kinds, found = {"id": str, "question": str, "answer": int, "kind": str, "responses": list}, []
-    for where, row in shapes.lines(Path(path)):
+    for where, row in files.lines(Path(path)):
         shapes.check_row(row, "prompts", where)
-        for name, kind in kinds.items():
-            if type(row.get(name)) is not kind:
-                raise ValueError(f"{where}, {name}: {row.get(name)!r:.80} is no {kind.__name__}")
+        files.check_fields(row, kinds, where)
         found.append(row)
     return found
 
@@ -55,7 +57,8 @@ def read(path: str | Path) -> list[Row]:
 def annotate(rows: Iterable[Row], annotator: Annotator, seed: int = 0) -> list[Row]:
     """The rows with what an annotator says of them. A row's verdict does not hang on the others."""
     found = []
-    for row in rows:
+    for i, row in enumerate(rows):
+        files.check_fields(row, {"id": str, "responses": list}, f"row {i}")
         rng = random.Random(f"{seed}-{annotator.name}-{row['id']}")
         found.append(judged(row, annotator.name, *annotator.judge(row, rng)))
     return found
@@ -90,7 +93,8 @@ def pairs(ranked: Iterable[Row], how: str = "all", seed: int = 0) -> "tuple[Data
     if how not in ("all", "random"):
         raise ValueError(f"how is {how!r}: it can be 'all' or 'random'")
     found, left_out = [], Counter(ties=0, duplicates=0, empty=0)
-    for row in ranked:
+    for i, row in enumerate(ranked):
+        files.check_fields(row, {"comparisons": list, "responses": list}, f"row {i}, which annotate makes")
         decided = [(i, j) if c > 0 else (j, i) for i, j, c in row["comparisons"] if c]
         if how == "all":
             left_out["ties"] += len(row["comparisons"]) - len(decided)
@@ -119,7 +123,8 @@ def unpair(pairs: "Dataset", seed: int = 0) -> "Dataset":
     KTOTrainer keeps to it and a batch with one label teaches little.
     """
     found = []
-    for row in pairs:
+    for i, row in enumerate(pairs):
+        shapes.check_row(row, "preference", f"row {i}")
         rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
         found += [rest | {"completion": row["chosen"], "label": True},
                   rest | {"completion": row["rejected"], "label": False}]  # fmt: skip
@@ -132,7 +137,7 @@ def noise(pairs: "Dataset", rate: float, seed: int = 0) -> "Dataset":
     check_rate(rate)
     order = random.Random(seed).sample(range(len(pairs)), len(pairs))
     flipped = set(order[: round(rate * len(pairs))])
-    rows = [{**row, "flipped": i in flipped} for i, row in enumerate(pairs)]
+    rows = [{**row, "flipped": i in flipped} for i, row in enumerate(shapes.preference(pairs))]
     return shapes.preference(
         row | {"chosen": row["rejected"], "rejected": row["chosen"]} if row["flipped"] else row for row in rows
     )

@@ -4,12 +4,12 @@ Every prompt and completion is conversational: a list of {"role": ..., "content"
 which the trainer applies the model's own chat template.
 """
 
-import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlnb import files
 from rlnb.task import problems as task
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ def subset(problems: "Sequence | Dataset", n: int, seed: int = 0) -> "list | Dat
 
     Raises ValueError unless 1 <= n <= len(problems).
     """
-    if not 1 <= n <= len(problems):
-        raise ValueError(f"n={n} problems are asked for: 1 to {len(problems)} can be given")
+    if not (isinstance(n, int) and 1 <= n <= len(problems)):
+        raise ValueError(f"n={n!r} problems are asked for: 1 to {len(problems)} can be given")
     order = list(range(len(problems)))
     random.Random(seed).shuffle(order)
     return problems.select(order[:n]) if hasattr(problems, "select") else [problems[i] for i in order[:n]]
@@ -76,34 +76,29 @@ def read(source: str | Path, shape: str, split: str = "train", **options: Any) -
         raise ValueError(f"there is no shape {shape!r}; there are {', '.join(SHAPES)}")
     path = Path(source)
     if path.is_file() and path.suffix == ".jsonl":
-        return _build(shape, lines(path), f"{path.name}: ")
-    from datasets import load_dataset
-
+        return _build(shape, files.lines(path), f"{path.name}: ")
     if path.is_file() and path.suffix == ".parquet":
-        rows = load_dataset("parquet", data_files=str(path), split=split, **options)
+        rows = _load("parquet", str(path), data_files=str(path), split=split, **options)
         return _build(shape, _numbered(rows, f"{path.name}, "))
     a_file = path.suffix in (".json", ".jsonl", ".parquet", ".csv")
     if not path.is_dir() and (a_file or str(source).count("/") != 1):
         raise FileNotFoundError(f"{source} is no .jsonl or .parquet file, no folder and no 'owner/name' on the hub")
-    return _build(shape, _numbered(load_dataset(str(source), split=split, **options), f"{source}, "))
+    return _build(shape, _numbered(_load(str(source), str(source), split=split, **options), f"{source}, "))
 
 
-def lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The values of a JSONL file, each with the file and line where it stands; ValueError for what is no JSON."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path.name}, line {number}"
-                try:
-                    yield where, json.loads(line.decode("utf-8-sig"))
-                except ValueError as error:  # no JSON, or no UTF-8
-                    raise ValueError(f"{where}: {error} in {line!r:.80}") from error
+def _load(kind: str, source: str, **options: Any) -> "Dataset":
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(kind, **options)
+    except Exception as error:  # of any library below
+        what = f"{source}, split {options['split']!r}"
+        raise ValueError(f"{what}: {error} ({type(error).__name__} of datasets.load_dataset)") from error
 
 
 def check_row(row: Any, shape: str, where: str) -> None:
     """Raises ValueError as ``read`` does for what is wrong in one row; ``where`` stands in front of it."""
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: {row!r:.80} is not an object with columns")
+    files.check_fields(row, {}, where)
     for column in SHAPES[shape]:
         if column not in row:
             there, needed = ", ".join(row) or "none", ", ".join(SHAPES[shape])

@@ -31,6 +31,9 @@ DEMONSTRATED = ("gain", "loss", "groups", "gain_loss", "change", "two_buys")
 
 _TEXT = tomllib.loads((Path(__file__).parent / "problems.toml").read_text(encoding="utf-8"))
 KINDS = {kind["name"]: kind for kind in _TEXT["kind"]}
+FIELDS = {"id": str, "split": str, "kind": str, "question": str, "answer": int, "trace": list, "numbers": dict}
+MOST = 100_000  # of deeper ones there are more, but they take minutes
+MISSES = 20_000  # problems in a row that came before: then there is no other one
 ID_KINDS = tuple(name for name, kind in KINDS.items() if not kind.get("deep"))
 DEEP_KINDS = tuple(name for name, kind in KINDS.items() if kind.get("deep"))
 
@@ -124,20 +127,26 @@ def generate(
 
     Raises ValueError for an unknown split or kind, or when a kind has no n different problems.
     """
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MOST:
+        raise ValueError(f"n is {n!r}: it must be a whole number from 1 to {MOST}")
     if split not in SIZES:
         raise ValueError(f"split is {split!r}; the splits are {', '.join(SIZES)}.")
     usual = {"deeper": DEEP_KINDS, "demonstrations": DEMONSTRATED,
              "rule": [k for k in ID_KINDS if "rule" in KINDS[k]]}.get(split, ID_KINDS)  # fmt: skip
-    kinds = tuple(kinds or usual)
+    if isinstance(kinds, str) or (kinds is not None and not (kinds := tuple(kinds))):
+        raise ValueError(f"kinds is {kinds!r}: give names of kinds in a list, or leave it out")
+    kinds = kinds or usual
     if unknown := set(kinds) - set(KINDS):
         raise ValueError(f"no kind of problem {sorted(unknown)}; there are {', '.join(KINDS)}.")
     rng, seen, found = random.Random(f"{split}-{seed}"), set(exclude), []
     options = dict(larger=split == "larger", new=split == "templates", rule=split == "rule")
-    for _ in range(200 * n + 1000):
+    missed = 0  # in a row
+    while missed < MISSES:
         if len(found) == n:
             return found
-        problem = draw(kinds[len(found) % len(kinds)], rng, **options)
+        problem, missed = draw(kinds[len(found) % len(kinds)], rng, **options), missed + 1
         if problem.key not in seen:
+            missed = 0
             seen.add(problem.key)
             found.append(replace(problem, id=f"{split}-{len(found):04d}", split=split))
     raise ValueError(f"only {len(found)} of {n} different problems found: ask for fewer.")
@@ -155,12 +164,19 @@ def write_data(folder: Path = DATA) -> None:
 
 
 def load(split: str) -> list[Problem]:
-    """The problems of a split from data/problems. Raises FileNotFoundError for a split that is not there."""
+    """The problems of a split from data/problems. Raises FileNotFoundError for a split that is not there, and
+    ValueError with file, line, field and value for what is no problem.
+    """
     path = DATA / f"{split}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"no split {split!r} at {path}; there are {', '.join(SIZES)}.")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [Problem(**row | {"trace": tuple(row["trace"])}) for row in rows]
+    rows = []
+    for where, row in files.lines(path):
+        files.check_fields(row, FIELDS, where)
+        for step, equation in enumerate(row["trace"]):
+            files.check_fields({step: equation}, {step: str}, f"{where}, trace")
+        rows.append(Problem(**{name: row[name] for name in FIELDS} | {"trace": tuple(row["trace"])}))
+    return rows
 
 
 def render(trace: Iterable[str], answer: int) -> str:
@@ -177,6 +193,8 @@ def prompt(problem: Problem, system: str | None = None) -> list[dict[str, str]]:
     """The problem as chat messages. system: None is SYSTEM, but for the practice model, which was never told
     anything; "" is no system message for any model.
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"{problem!r:.80} is a {type(problem).__name__}, not a Problem: see problems.load and generate")
     if system is None and profiles.model_name() != profiles.PRACTICE:
         system = SYSTEM
     head = [{"role": "system", "content": system}] if system else []

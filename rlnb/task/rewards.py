@@ -28,9 +28,11 @@ def text(completion: Completion) -> str:
     if isinstance(completion, str):
         return completion
     try:
-        return completion[-1]["content"]
-    except (IndexError, KeyError, TypeError) as error:
-        raise RewardError(f"the completion {completion!r:.60} is neither a string nor messages") from error
+        if isinstance(said := completion[-1]["content"], str):
+            return said
+    except (IndexError, KeyError, TypeError):
+        pass
+    raise RewardError(f"the completion {completion!r:.60} is neither a string nor messages")
 
 
 def correctness(
@@ -79,6 +81,8 @@ def checked(fn: Reward) -> Reward:
     """The same reward function, but a RewardError names it, and says where and what is wrong, when
     it raises or returns NaN, an infinity, something that is no number, or too few or many values.
     """
+    if not callable(fn):
+        raise TypeError(f"the reward {fn!r:.60} is no function")
     inner = fn
     while isinstance(inner, functools.partial):
         inner = inner.func
