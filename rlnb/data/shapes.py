@@ -91,6 +91,8 @@ def _load(kind: str, source: str, **options: Any) -> "Dataset":
 
     try:
         return load_dataset(kind, **options)
+    except OSError:  # a folder without data, or no network: it says so
+        raise
     except Exception as error:  # of any library below
         what = f"{source}, split {options['split']!r}"
         raise ValueError(f"{what}: {error} ({type(error).__name__} of datasets.load_dataset)") from error

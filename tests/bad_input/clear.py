@@ -29,7 +29,7 @@ def check(call, kind, words, *, folder: Path) -> None:
     if record := os.environ.get("BAD_INPUT_MESSAGES"):  # a file to read them all in
         with Path(record).open("a", encoding="utf-8") as file:
             file.write(f"{type(error).__name__}: {says}\n")
-    assert type(error) is kind and not issubclass(kind, UNCLEAR), f"{type(error).__name__}: {says}"
+    assert isinstance(error, kind) and not isinstance(error, UNCLEAR), f"{type(error).__name__}: {says}"
     assert [word for word in words if word not in says] == [], says
     assert files(folder) == before, "it wrote"
 

@@ -139,8 +139,8 @@ def here(call):
     (read("rows.parquet", "preference"), ValueError, "rows.parquet, row 0: no column 'chosen'"),
     (read("rows.parquet", split="test"), ValueError, "rows.parquet, split 'test'", "one of ['train']"),
     (read("torn.parquet"), ValueError, "torn.parquet, split 'train'", "not a parquet file"),
-    (read("nothing"), ValueError, "nothing, split 'train'", "contain any data files"),
-    (here(lambda: shapes.read("nobody/nothing", "prompts")), ValueError, "nobody/nothing, split 'train'", "reach", "on the Hub"),
+    (read("nothing"), FileNotFoundError, "nothing doesn't contain any data files"),
+    (here(lambda: shapes.read("nobody/nothing", "prompts")), ConnectionError, "reach 'nobody/nothing' on the Hub"),
 )  # fmt: skip
 def test_of_a_data_set(call, kind, words, folder):
     check(lambda: call(folder), kind, words, folder=folder)
@@ -204,7 +204,7 @@ def good():
     (lambda folder: preferences.pairs(judged(responses=["4", "5"])), ValueError, "no pair is left", "'ties': 1"),
     (lambda folder: preferences.pairs([ROW]), ValueError, "row 0, which annotate makes, comparisons: None is no list"),
     (lambda folder: preferences.pairs(judged(), how="best"), ValueError, "how is 'best'", "'all' or 'random'"),
-    (lambda folder: preferences.unpair([LABEL]), ValueError, "row 0", "no column 'chosen'"),
+    (lambda folder: preferences.unpair([LABEL | {"prompt": [USER]}]), ValueError, "row 0: no column 'chosen'"),
     (lambda folder: preferences.unpair([]), ValueError, "shape unpaired needs a row"),
     (lambda folder: preferences.noise(good(), 1.1), ValueError, "rate is 1.1", "between 0 and 1"),
     (lambda folder: preferences.noise(good(), "half"), ValueError, "rate is 'half'", "between 0 and 1"),
