@@ -2,12 +2,14 @@
 weights of the base come back bit for bit, and what trained before trains again.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import Linear
 from peft.utils import ModulesToSaveWrapper
 
@@ -19,8 +21,8 @@ def add(model: Any, name: str, folder: str | os.PathLike[str]) -> None:
     """Put a saved adapter beside the ones that the model has. It is frozen, and not yet in use. Raises
     ValueError for a name that is taken, an adapter of another base, or one whose init rewrites the base.
     """
-    path, _ = read_saved(folder, base=model.get_base_model().name_or_path)
     _check_new_name(model, name)
+    path, _ = read_saved(folder, base=model.get_base_model().name_or_path)
     with restored(model):
         load_weights(model, path, name, trainable=False)
 
@@ -57,10 +59,12 @@ def combine(model: Any, name: str, weights: Mapping[str, float]) -> None:
     add_weighted_adapter sums up wrongly: the new adapter takes over what the first one is beside LoRA.
     """
     _check_new_name(model, name)
-    if not weights:
-        raise ValueError("weights is empty: name the adapters to combine, as {'sft': 0.5}")
-    for other in weights:
+    if not weights or not isinstance(weights, Mapping):
+        raise ValueError(f"weights is {weights!r}: name the adapters to combine, as {{'sft': 0.5}}")
+    for other, weight in weights.items():
         check_name(model, other)
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"the weight of {other!r} is {weight!r}: it must be a finite number")
         config = model.peft_config[other]
         if config.use_rslora or config.use_dora or config.lora_bias:
             says = "has use_rslora, use_dora or lora_bias: only plain LoRA can be combined"
@@ -125,6 +129,8 @@ def restored(model: Any) -> Iterator[list[Any]]:
 
 
 def _check_new_name(model: Any, name: str) -> None:
-    if name in model.peft_config or not name or "." in name:
+    if not isinstance(model, PeftModel):
+        raise ValueError("the model has no adapter to put one beside: load it with load_model(..., lora=LoRA())")
+    if not isinstance(name, str) or name in model.peft_config or not name or "." in name:
         there = ", ".join(model.peft_config)
-        raise ValueError(f"adapter name {name!r} is empty, has a dot or is taken: there are {there}")
+        raise ValueError(f"adapter name {name!r} is no text, empty, has a dot or is taken: there are {there}")

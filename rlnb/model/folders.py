@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 
-from rlnb.model.lora import check_init
+from rlnb.model.lora import check_init, check_positive_int, is_positive
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 SAMPLE = 2**20  # bytes at each end of a file of weights
@@ -29,7 +30,8 @@ def resolve(name: str | os.PathLike[str]) -> str:
     path = Path(name).expanduser()
     for folder in (DATA / path, path.absolute()):
         if folder.is_dir():
-            return str(_check_holds(folder, "a model", "config.json", "*.safetensors"))
+            _read_config(_check_holds(folder, "a model", "config.json", "*.safetensors") / "config.json")
+            return str(folder)
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)) and not path.parent.exists():
         return str(name)
     known = ", ".join(sorted(file.parent.name for file in DATA.glob("*/config.json"))) or "none"
@@ -82,23 +84,65 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], name: str = "defaul
     return folder
 
 
-def read_saved(path: str | os.PathLike[str], base: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """The full path of a saved adapter's folder, and its adapter_config.json. Warns if that names another
-    base than this one, which it is to go on. Raises FileNotFoundError, or ValueError for another kind or an init
-    that rewrites the base.
+def read_saved(
+    path: str | os.PathLike[str], base: str | None = None, reward: bool = False
+) -> tuple[Path, dict[str, Any]]:
+    """The full path of a saved adapter's folder, and its adapter_config.json. reward: it has to be a reward
+    model's, else it must not. Warns if that names another base than this one, which it is to go on, and if the
+    adapter changes nothing. Raises FileNotFoundError, or ValueError for another kind, settings or weights that
+    cannot work, or an init that rewrites the base.
     """
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no adapter {str(path)!r}: {folder} is no folder")
     file = _check_holds(folder, "an adapter", *FILES) / FILES[0]
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = _read_config(file)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type is {config.get('peft_type')!r}, it must be 'LORA'")
+    if (config.get("task_type") == "SEQ_CLS") != reward:
+        says = "no reward model's, which is SEQ_CLS" if reward else "a reward model's: give it where rewards go"
+        raise ValueError(f"{file}: task_type is {config.get('task_type')!r}, so this is {says}")
+    check_positive_int(f"{file}: r", config.get("r"))
+    if not is_positive(config.get("lora_alpha")):
+        raise ValueError(f"{file}: lora_alpha is {config.get('lora_alpha')!r}, it must be a number above 0")
+    if not config.get("target_modules"):
+        raise ValueError(f"{file}: target_modules is {config.get('target_modules')!r}, it must name layers")
     check_init(config.get("init_lora_weights"), f"{file}: init_lora_weights")
     trained_on = base_name(config.get("base_model_name_or_path") or "")
     if base and trained_on and Path(trained_on).name != Path(base).name:
         warnings.warn(f"{folder} was trained on {trained_on}, not on {base}", stacklevel=4)
+    _check_numbers(folder / FILES[1])
     return folder, config
+
+
+def _check_numbers(file: Path) -> None:
+    with opened(file) as found:
+        weights = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118  it is no dict
+    if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise ValueError(f"{file}: {bad[0]} holds NaN or infinity. Its training has diverged: take another one")
+    updates = [weight for name, weight in weights.items() if "lora_B" in name]
+    if updates and not any(weight.any() for weight in updates):
+        warnings.warn(f"{file}: every lora_B is 0, so this adapter changes nothing", stacklevel=5)
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A file of weights. Raises ValueError with its name where it is cut off, or is something else."""
+    try:
+        with safe_open(file, "pt") as found:
+            yield found
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not whole, or no file of weights: {error}. Copy it again") from error
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds {config!r:.60}, not settings by name")
+    return config
 
 
 def load_weights(model: Any, folder: Path, name: str, trainable: bool) -> None:
@@ -114,15 +158,15 @@ def load_weights(model: Any, folder: Path, name: str, trainable: bool) -> None:
         for where, keys in (("the file", missing), ("this base", result.unexpected_keys)):
             if keys:
                 raise RuntimeError(f"{where} has no {keys[0]}")
-    except RuntimeError as error:  # or PEFT's, which lists the sizes
-        if new:
+    except (RuntimeError, ValueError) as error:  # or PEFT's, which lists the sizes
+        if new and name in model.peft_config:
             model.delete_adapter(name)
         raise ValueError(f"{folder / FILES[1]} is for another base or not whole: {error}") from error
 
 
 def check_name(model: Any, name: str) -> None:
     """Raise ValueError if the model has no adapter of that name."""
-    there = getattr(model, "peft_config", {})
+    there = model.peft_config if isinstance(model, PeftModel) else {}
     if name not in there:
         raise ValueError(f"the model has no adapter {name!r}: it has {', '.join(there) or 'none'}")
 
@@ -140,6 +184,8 @@ def replaced(folder: Path, files: Iterable[str]) -> Iterator[Path]:
     """Yields a new folder to write into, which then takes the folder's place: whole or not at all. Raises
     FileExistsError if that holds anything but these files, which are patterns.
     """
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file: name a folder")
     others = [f.name for f in folder.glob("*") if not any(fnmatch(f.name, pattern) for pattern in files)]
     if others:
         raise FileExistsError(f"{folder} holds other files ({', '.join(others)}): name another folder")

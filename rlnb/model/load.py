@@ -4,6 +4,7 @@ without Unsloth, or on macOS, through plain transformers and PEFT.
 
 import importlib.util
 import os
+import re
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlnb.model import attention
 from rlnb.model.backends import backend, quiet, say_once
-from rlnb.model.folders import base_name, load_weights, read_saved, resolve
+from rlnb.model.folders import base_name, load_weights, opened, read_saved, resolve
 from rlnb.model.lora import (
     MAX_LORA_RANK, LoRA, check_positive_int, check_rank, largest_rank, skeleton,
     smallest_width, target_layers, vllm_rank,
@@ -23,6 +24,7 @@ from rlnb.model.lora import (
 from rlnb.profiles import PRACTICE
 
 MAX_LENGTH = 2048  # tokens, where the caller names none and the model takes that many
+LAYER = re.compile(r"\w+\.\d+")  # in the name of a weight, as layers.3
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 # What Unsloth's get_peft_model fills in itself; it takes the other fields of LoraConfig one by one.
 FILLED_IN = {"task_type", "peft_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
@@ -52,9 +54,13 @@ def load_model(
         adapter, folder = _adapter(lora, base, config, max_lora_rank)
     rank = adapter and largest_rank(adapter)
     options = _options(kind, config, rank, max_lora_rank, fast_inference, max_seq_length, dtype, seed)
+    _check_weights(base, config)
     # 2. load
     with quiet(bars=not Path(base).is_dir()):
-        model, tokenizer = _load(base, kind, options)
+        try:
+            model, tokenizer = _load(base, kind, options)
+        except ValueError as error:  # such as a tokenizer that is not there
+            raise ValueError(f"{base} cannot be loaded: {error}") from error
         if adapter is not None:
             model = _attach(model, adapter, kind, options)
         if folder:
@@ -70,6 +76,25 @@ def trainable(model: torch.nn.Module) -> tuple[int, int]:
     """How many parameters a model trains, and how many it has."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def _check_weights(base: str, config: Any) -> None:
+    """Raise ValueError for weights that are not the config's: for a layer that there is not, transformers takes
+    random numbers. Other names that differ may be those of an older version, which it knows.
+    """
+    shapes = {}
+    for file in sorted(Path(base).glob("*.safetensors")):
+        with opened(file) as found:
+            shapes |= {name: found.get_slice(name).get_shape() for name in found.keys()}  # noqa: SIM118
+    if not shapes or hasattr(config, "quantization_config"):  # on the hub, or in other shapes
+        return
+    layers = {match[0] for name in shapes if (match := LAYER.search(name))}
+    for name, weight in skeleton(config).named_parameters():
+        if layers and (layer := LAYER.search(name)) and layer[0] not in layers:
+            raise ValueError(f"{base}: config.json has {layer[0]}, and no weights are there: it would be random")
+        if name in shapes and shapes[name] != list(weight.shape):
+            what = f"{name} of shape {list(weight.shape)}, and the weights there are {shapes[name]}"
+            raise ValueError(f"{base}: config.json has {what}")
 
 
 def _adapter(lora: Any, base: str, config: Any, most: int) -> tuple[LoraConfig, Path | None]:
@@ -99,6 +124,8 @@ def _options(
     if max_seq_length is None:
         max_seq_length = min(MAX_LENGTH, getattr(config, "max_position_embeddings", None) or MAX_LENGTH)
     check_positive_int("max_seq_length", max_seq_length)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed is {seed!r}: it must be a whole number")
     if fast_inference:
         if rank is None:
             raise ValueError("fast_inference=True serves an adapter: pass lora=LoRA(...) as well")

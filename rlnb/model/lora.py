@@ -1,5 +1,6 @@
 """LoRA's rules, checked before any weight is read."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -38,10 +39,12 @@ class LoRA:
     def __post_init__(self) -> None:
         check_positive_int("LoRA rank", self.rank)
         check_init(self.init)
-        if not isinstance(self.targets, str):
+        if isinstance(self.targets, list | set):
             object.__setattr__(self, "targets", tuple(self.targets))
-        names = self.targets and (self.targets == "all-linear" or not isinstance(self.targets, str))
-        fine = {"alpha": self.alpha > 0, "dropout": 0 <= self.dropout < 1, "targets": names, "init": self.init in INITS}
+        names = isinstance(self.targets, tuple) and self.targets and all(isinstance(t, str) for t in self.targets)
+        drops = self.dropout == 0 or (is_positive(self.dropout) and self.dropout < 1)
+        fine = {"alpha": is_positive(self.alpha), "dropout": drops, "targets": names or self.targets == "all-linear",
+                "init": self.init in INITS}  # fmt: skip
         if wrong := [f"{name} is {getattr(self, name)!r}" for name, holds in fine.items() if not holds]:
             rules = f'alpha above 0, dropout in [0, 1), targets "all-linear" or names, as {ATTENTION}'
             raise ValueError(f"LoRA {', '.join(wrong)}: it takes {rules}, init one of {', '.join(INITS)}")
@@ -58,6 +61,11 @@ def check_positive_int(what: str, value: Any) -> None:
     """Raise ValueError unless the value is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{what} is {value!r}: it must be a whole number of at least 1")
+
+
+def is_positive(value: Any) -> bool:
+    """Whether this is a finite number above 0."""
+    return isinstance(value, int | float) and 0 < value < math.inf
 
 
 def check_rank(rank: int, max_lora_rank: int = MAX_LORA_RANK, smallest_width: int | None = None) -> None:
@@ -127,7 +135,8 @@ def target_layers(model: torch.nn.Module, targets: Iterable[str] | str = ALL_LIN
         hits = {t: [name for name in shapes if f".{name}".endswith(f".{t}")] for t in targets}
     if unknown := ", ".join(target for target, names in hits.items() if not names):
         there = ", ".join(dict.fromkeys(name.split(".")[-1] for name in body))
-        raise ValueError(f"the model has no linear layer {unknown} for LoRA: its layers are {there}")
+        as_text = ", and text is a regular expression: give names in a list" if isinstance(targets, str) else ""
+        raise ValueError(f"the model has no linear layer {unknown} for LoRA: its layers are {there}{as_text}")
     found = {name: shapes[name] for names in hits.values() for name in names}
     if head in found:
         says = "TRL computes log-probabilities from its weight itself: an adapter there would never train"

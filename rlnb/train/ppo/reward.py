@@ -105,7 +105,7 @@ class AdapterReward:
             says = "give the policy LoRA, or the reward as a function (rlnb.model.reward_model.as_reward)"
             raise ValueError(f"{folder} is an adapter, which needs a frozen base, and the policy's trains: {says}")
         self.name, self.model, self.adapter, self.pad = folder.name, model, adapter, tokenizer.pad_token_id or 0
-        folder, _ = read_saved(folder)
+        folder, _ = read_saved(folder, reward=True)
         lora = LoraConfig.from_pretrained(str(folder))
         names = [Path(name or "").name for name in (lora.base_model_name_or_path, causal_lm(model).name_or_path)]
         if all(names) and len(set(names)) > 1:
