@@ -32,7 +32,7 @@ FILLED_IN = {"task_type", "peft_type", "base_model_name_or_path", "revision", "i
 def load_model(
     name: str | os.PathLike[str] = PRACTICE, lora: LoRA | str | os.PathLike[str] | None = None, *,
     max_lora_rank: int = MAX_LORA_RANK, fast_inference: bool = False, max_seq_length: int | None = None,
-    dtype: str | None = None, seed: int = 0,
+    dtype: str | None = None, load_in_4bit: bool = False, seed: int = 0,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Load a model and its tokenizer for TRL's trainers; print one line that says what it is.
 
@@ -41,7 +41,9 @@ def load_model(
     max_lora_rank: the largest rank that rollouts serve; the adapter's is checked against it.
     fast_inference: TRL's GRPOTrainer rolls out with vLLM. On a CPU it says once that it does not, and goes on.
     max_seq_length: in tokens; default: what the model takes, at most 2048.
-    dtype: of the weights; default: float32 on a CPU, bfloat16 or float16 on a GPU.
+    dtype: of the weights; default: float32 on a CPU and where all train, bfloat16 or float16 under an adapter on a GPU.
+    load_in_4bit: the base in 4 bits (QLoRA, arXiv 2305.14314): a quarter of the memory of 16 bits. On a GPU, with an
+        adapter; such a base cannot be merged here.
     Raises ValueError, FileNotFoundError or ImportError before any weight is loaded, but for a saved adapter
     whose weights do not fit.
     """
@@ -51,7 +53,11 @@ def load_model(
     if lora is not None:
         adapter, folder = _adapter(lora, base, config, max_lora_rank)
     rank = adapter and largest_rank(adapter)
+    if load_in_4bit and (kind != "unsloth-gpu" or rank is None):
+        says = "needs Unsloth on a GPU and an adapter, which alone trains"
+        raise ValueError(f"load_in_4bit=True {says}: this is {kind}, and lora is {lora!r}")
     options = _options(kind, config, rank, max_lora_rank, fast_inference, max_seq_length, dtype, seed)
+    options["load_in_4bit"] = load_in_4bit
     # 2. load
     with quiet(bars=not Path(base).is_dir()):
         model, tokenizer = _load(base, kind, options)
@@ -104,7 +110,7 @@ def _options(
             raise ValueError("fast_inference=True serves an adapter: pass lora=LoRA(...) as well")
         max_lora_rank = vllm_rank(max_lora_rank)
     return {
-        "max_seq_length": max_seq_length, "dtype": _dtype(dtype, kind), "full_finetuning": rank is None,
+        "max_seq_length": max_seq_length, "dtype": _dtype(dtype, kind, rank), "full_finetuning": rank is None,
         "fast_inference": fast_inference and _vllm_works(kind), "max_lora_rank": max_lora_rank,
         "random_state": seed,
         # On a CPU it is time that is short, not memory.
@@ -124,9 +130,9 @@ def _vllm_works(kind: str) -> bool:
     return True
 
 
-def _dtype(dtype: str | None, kind: str) -> torch.dtype:
+def _dtype(dtype: str | None, kind: str, rank: int | None) -> torch.dtype:
     on_gpu = kind != "unsloth-cpu" and torch.cuda.is_available()
-    if dtype is None and on_gpu:  # a T4 has no bfloat16
+    if dtype is None and on_gpu and rank:  # all weights train in float32: 16 bits lose small updates. A T4 has no bf16
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if dtype not in (None, "float32", "bfloat16") and (dtype != "float16" or not on_gpu):
         raise ValueError(f"dtype is {dtype!r}: it must be float32, bfloat16 or, on a GPU, float16")
@@ -142,7 +148,7 @@ def _load(base: str, kind: str, options: dict[str, Any]) -> tuple[Any, Any]:
 
     # A full fine-tuning leaves this at "1", and the next model would get no adapter.
     os.environ["UNSLOTH_ENABLE_FULL_FINETUNING"] = "0"
-    return FastLanguageModel.from_pretrained(base, load_in_4bit=False, use_exact_model_name=True, **options)
+    return FastLanguageModel.from_pretrained(base, use_exact_model_name=True, **options)
 
 
 def _attach(model: Any, adapter: LoraConfig, kind: str, options: dict[str, Any]) -> Any:
