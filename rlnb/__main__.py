@@ -153,14 +153,15 @@ def _train(arguments, rest) -> int:
     from dataclasses import replace
 
     from rlnb.record import runs
-    from rlnb.train import adapter, methods, train
+    from rlnb.train import methods
+    from rlnb.train.recipes import adapter
 
     if arguments.resume:
         run = methods.resume(arguments.resume, arguments.method)
     else:
         given = {name: getattr(arguments, name) for name in ("rank", "alpha") if getattr(arguments, name) is not None}
         lora, settings = replace(adapter(arguments.method), **given), dict(map(_setting, arguments.set))
-        run = train(arguments.method, arguments.seed, start=arguments.start, lora=lora, **settings)
+        run = methods.train(arguments.method, arguments.seed, start=arguments.start, lora=lora, **settings)
     if run.folder.parent == runs.root():  # else another process of the same training tells it
         print(runs.table([run]).to_string(index=False))
     return 0

@@ -135,10 +135,7 @@ class AI(Annotator):
     def scores(self, row: Row) -> list[float]:
         texts = list(dict.fromkeys(row["responses"]))  # equal texts must get equal scores
         says = [[*row["prompt"], {"role": "assistant", "content": text}] for text in texts]
-        scores = self.model_score(says)
-        if len(scores) != len(texts):
-            raise ValueError(f"row {row['id']}: {self.name} gave {len(scores)} scores for {len(texts)} texts")
-        found = dict(zip(texts, scores, strict=True))
+        found = dict(zip(texts, self.model_score(says), strict=True))
         return [found[text] for text in row["responses"]]
 
 

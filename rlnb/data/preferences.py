@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 
 def rows(problems: Sequence[task.Problem], texts: Sequence[Sequence[str]]) -> list[Row]:
     """Response rows of problems: texts[i] are the responses that were sampled to problems[i]."""
-    if len(problems) != len(texts):
-        raise ValueError(f"{len(problems)} problems and {len(texts)} lists of texts: each problem needs one")
-    if alone := [responses for responses in texts if isinstance(responses, str)]:
-        raise TypeError(f"{alone[0]!r:.80} stands where a list of responses should")
     return [{"id": p.id, "question": p.question, "answer": p.answer, "kind": p.kind,
              "prompt": task.prompt(p), "responses": list(responses)}
             for p, responses in zip(problems, texts, strict=True)]  # fmt: skip
@@ -123,8 +119,7 @@ def unpair(pairs: "Dataset", seed: int = 0) -> "Dataset":
     KTOTrainer keeps to it and a batch with one label teaches little.
     """
     found = []
-    for i, row in enumerate(pairs):
-        shapes.check_row(row, "preference", f"row {i}")
+    for row in shapes.preference(pairs):
         rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
         found += [rest | {"completion": row["chosen"], "label": True},
                   rest | {"completion": row["rejected"], "label": False}]  # fmt: skip

@@ -77,25 +77,15 @@ def read(source: str | Path, shape: str, split: str = "train", **options: Any) -
     path = Path(source)
     if path.is_file() and path.suffix == ".jsonl":
         return _build(shape, files.lines(path), f"{path.name}: ")
+    from datasets import load_dataset
+
     if path.is_file() and path.suffix == ".parquet":
-        rows = _load("parquet", str(path), data_files=str(path), split=split, **options)
+        rows = load_dataset("parquet", data_files=str(path), split=split, **options)
         return _build(shape, _numbered(rows, f"{path.name}, "))
     a_file = path.suffix in (".json", ".jsonl", ".parquet", ".csv")
     if not path.is_dir() and (a_file or str(source).count("/") != 1):
         raise FileNotFoundError(f"{source} is no .jsonl or .parquet file, no folder and no 'owner/name' on the hub")
-    return _build(shape, _numbered(_load(str(source), str(source), split=split, **options), f"{source}, "))
-
-
-def _load(kind: str, source: str, **options: Any) -> "Dataset":
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(kind, **options)
-    except OSError:  # a folder without data, or no network: it says so
-        raise
-    except Exception as error:  # of any library below
-        what = f"{source}, split {options['split']!r}"
-        raise ValueError(f"{what}: {error} ({type(error).__name__} of datasets.load_dataset)") from error
+    return _build(shape, _numbered(load_dataset(str(source), split=split, **options), f"{source}, "))
 
 
 def check_row(row: Any, shape: str, where: str) -> None:

@@ -133,7 +133,7 @@ def passes(
 ) -> Passes:
     """Sample n completions of each problem and count the right ones, for pass@k with k <= n.
 
-    settings: temperature, top_p, seed, batch_size and progress of ``sampling.sample``. Raises ValueError
+    settings: temperature, seed, batch_size and progress of ``sampling.sample``. Raises ValueError
     without any problem, and for a k that is not in 1..n.
     """
     ks = tuple(ks)

@@ -15,7 +15,8 @@ from typing import Any
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 
-from rlnb.model.lora import check_init, check_positive_int, is_positive
+from rlnb.files import check_fields
+from rlnb.model.lora import LoRA, check_init
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 SAMPLE = 2**20  # bytes at each end of a file of weights
@@ -84,13 +85,10 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], name: str = "defaul
     return folder
 
 
-def read_saved(
-    path: str | os.PathLike[str], base: str | None = None, reward: bool = False
-) -> tuple[Path, dict[str, Any]]:
-    """The full path of a saved adapter's folder, and its adapter_config.json. reward: it has to be a reward
-    model's, else it must not. Warns if that names another base than this one, which it is to go on, and if the
-    adapter changes nothing. Raises FileNotFoundError, or ValueError for another kind, settings or weights that
-    cannot work, or an init that rewrites the base.
+def read_saved(path: str | os.PathLike[str], base: str | None = None, reward=False) -> tuple[Path, dict[str, Any]]:
+    """The full path of a saved adapter's folder, and its adapter_config.json; reward: of a reward model's. Warns if
+    that names another base than this one, which it is to go on, and if the adapter changes nothing. Raises
+    FileNotFoundError, or ValueError for another kind, what cannot work, or an init that rewrites the base.
     """
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
@@ -102,11 +100,11 @@ def read_saved(
     if (config.get("task_type") == "SEQ_CLS") != reward:
         says = "no reward model's, which is SEQ_CLS" if reward else "a reward model's: give it where rewards go"
         raise ValueError(f"{file}: task_type is {config.get('task_type')!r}, so this is {says}")
-    check_positive_int(f"{file}: r", config.get("r"))
-    if not is_positive(config.get("lora_alpha")):
-        raise ValueError(f"{file}: lora_alpha is {config.get('lora_alpha')!r}, it must be a number above 0")
-    if not config.get("target_modules"):
-        raise ValueError(f"{file}: target_modules is {config.get('target_modules')!r}, it must name layers")
+    targets = config.get("target_modules")
+    try:
+        LoRA(config.get("r"), config.get("lora_alpha"), targets="all-linear" if isinstance(targets, str) else targets)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     check_init(config.get("init_lora_weights"), f"{file}: init_lora_weights")
     trained_on = base_name(config.get("base_model_name_or_path") or "")
     if base and trained_on and Path(trained_on).name != Path(base).name:
@@ -132,7 +130,7 @@ def opened(file: Path) -> Iterator[Any]:
         with safe_open(file, "pt") as found:
             yield found
     except SafetensorError as error:
-        raise ValueError(f"{file} is not whole, or no file of weights: {error}. Copy it again") from error
+        raise ValueError(f"{file} is not whole: {error}. Copy it again") from error
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -140,8 +138,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds {config!r:.60}, not settings by name")
+    check_fields(config, {}, str(file))
     return config
 
 

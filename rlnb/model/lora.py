@@ -42,9 +42,10 @@ class LoRA:
         if isinstance(self.targets, list | set):
             object.__setattr__(self, "targets", tuple(self.targets))
         names = isinstance(self.targets, tuple) and self.targets and all(isinstance(t, str) for t in self.targets)
-        drops = self.dropout == 0 or (is_positive(self.dropout) and self.dropout < 1)
-        fine = {"alpha": is_positive(self.alpha), "dropout": drops, "targets": names or self.targets == "all-linear",
-                "init": self.init in INITS}  # fmt: skip
+        alpha = isinstance(self.alpha, int | float) and 0 < self.alpha < math.inf
+        dropout = isinstance(self.dropout, int | float) and 0 <= self.dropout < 1
+        targets = names or self.targets == "all-linear"
+        fine = {"alpha": alpha, "dropout": dropout, "targets": targets, "init": self.init in INITS}
         if wrong := [f"{name} is {getattr(self, name)!r}" for name, holds in fine.items() if not holds]:
             rules = f'alpha above 0, dropout in [0, 1), targets "all-linear" or names, as {ATTENTION}'
             raise ValueError(f"LoRA {', '.join(wrong)}: it takes {rules}, init one of {', '.join(INITS)}")
@@ -61,11 +62,6 @@ def check_positive_int(what: str, value: Any) -> None:
     """Raise ValueError unless the value is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{what} is {value!r}: it must be a whole number of at least 1")
-
-
-def is_positive(value: Any) -> bool:
-    """Whether this is a finite number above 0."""
-    return isinstance(value, int | float) and 0 < value < math.inf
 
 
 def check_rank(rank: int, max_lora_rank: int = MAX_LORA_RANK, smallest_width: int | None = None) -> None:

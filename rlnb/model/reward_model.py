@@ -12,11 +12,11 @@ from typing import Any
 from rlnb.model import attention
 from rlnb.model.backends import quiet
 from rlnb.model.folders import read_saved, resolve
-from rlnb.model.lora import LoRA, check_rank, skeleton, smallest_width, target_layers
+from rlnb.model.lora import LoRA
 
 import torch  # these come after rlnb.model, which brings in Unsloth
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 Messages = list[dict[str, str]]
@@ -31,13 +31,8 @@ def load(
     which does not train. transformers and PEFT load it: Unsloth speeds up causal models only.
     """
     base = resolve(name)
-    if isinstance(lora, LoRA):
-        layers = target_layers(skeleton(AutoConfig.from_pretrained(base)), lora.targets)
-        check_rank(lora.rank, lora.rank, smallest_width(layers))
-    elif isinstance(lora, str | os.PathLike):
+    if not isinstance(lora, LoRA):
         lora, _ = read_saved(lora, base, reward=True)
-    else:
-        raise ValueError(f"lora is {lora!r}: it must be LoRA(...) or the folder of a reward adapter")
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right")
     torch.manual_seed(seed)
     with quiet(bars=not Path(base).is_dir()), ExitStack() as stack:

@@ -103,15 +103,18 @@ def switched(model: Any) -> Iterator[None]:
     """Unsloth's switches set more than the mode: checkpointing, the cache, which forward runs."""
     unsloth = hasattr(model, "for_inference")
     modes = [(module, module.training) for module in model.modules()]
-    checkpoints = [getattr(module, "gradient_checkpointing", False) for module in model.modules()]
+    checkpoints = [(module, module.gradient_checkpointing) for module in model.modules()
+                   if hasattr(module, "gradient_checkpointing")]  # fmt: skip
     try:
         model.for_inference() if unsloth else model.eval()
         yield
     finally:
         if unsloth and modes[0][1]:
-            model.for_training(use_gradient_checkpointing=next(filter(None, checkpoints), False))
+            model.for_training(use_gradient_checkpointing=next((on for _, on in checkpoints if on), False))
         for module, training in modes:
             module.training = training
+        for module, on in checkpoints:  # for_inference turns it off, also for a later training
+            module.gradient_checkpointing = on
 
 
 def _settings(
@@ -134,7 +137,9 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 def _run(model: Any, rows: list, settings: Settings, progress: str | bool | None) -> list[list[int]]:
     """One completion for each row of prompt ids."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # Unsloth cuts what is longer than the max_seq_length that a model was loaded with.
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = min(filter(None, (positions, getattr(model, "max_seq_length", None))), default=None)
     if limit and (longest := max(map(len, rows), default=0)) + settings.max_new_tokens > limit:
         says = f"but the model has {limit} positions: shorten the prompt or set max_new_tokens lower"
         raise ValueError(f"a prompt has {longest} tokens and max_new_tokens is {settings.max_new_tokens}, {says}")

@@ -40,7 +40,7 @@ class Server(NamedTuple):
 
 
 @contextlib.contextmanager
-def serve(folder: str | os.PathLike[str], *, timeout: float = 120) -> Iterator[Server]:
+def serve(folder: str | os.PathLike[str], *, timeout: float = 300) -> Iterator[Server]:
     """Inside, a real local server answers OpenAI's chat calls; on leaving it is stopped.
 
     vLLM on a GPU that has it, else `transformers serve`; for this machine only. timeout: seconds until it is ready.
@@ -71,7 +71,7 @@ def _command(model: str, port: int) -> list[str]:
     watched, where = [sys.executable, "-c", WATCHDOG], ["--host", "127.0.0.1", "--port", str(port)]
     if torch.cuda.is_available() and importlib.util.find_spec("vllm"):
         # Half of the GPU's memory, because a notebook's kernel is on it too.
-        vllm = ["vllm.entrypoints.openai.api_server", "--model", model, "--gpu-memory-utilization", "0.5"]
+        vllm = ["vllm.entrypoints.cli.main", "serve", model, "--gpu-memory-utilization", "0.5", "--enforce-eager"]
         return [*watched, *vllm, *where]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return [*watched, "transformers.cli.transformers", "serve", model, "--device", device, *where]

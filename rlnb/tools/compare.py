@@ -25,16 +25,14 @@ from rlnb.measure.intervals import Estimate, over_seeds
 from rlnb.measure.judge import best_of_n_kl
 from rlnb.measure.kl import KL, kl
 from rlnb.model import LoRA, load_model, reward_model, sampling
-from rlnb.model.folders import base_name, resolve
-from rlnb.profiles import PRACTICE, by, model_name, profile
+from rlnb.profiles import PRACTICE, by, model_name
 from rlnb.record import runs
 from rlnb.show import plots
 from rlnb.task import problems
 from rlnb.task.problems import Problem
 from rlnb.tools import experiments
 from rlnb.train import methods
-from rlnb.train.loop import fingerprint
-from rlnb.train.recipes import adapter, recipe
+from rlnb.train.recipes import recipe
 
 OUT = problems.DATA.parent / "results" / "methods.csv"
 SPLITS = {"id": 500, "templates": 250, "larger": 250, "deeper": 250, "rule": 250}  # problems of each
@@ -97,19 +95,9 @@ def find(name: str, seed: int = 0) -> runs.Run | None:
     usual = METHODS[name].recipe
     if usual is None:
         return None
-    starts = {run.id for run in _usual_runs("sft", seed)} if name.startswith("SFT, ") else {None}
-    found = (run for run in _usual_runs(usual, seed) if run.parent in starts and run.adapter.is_dir())
+    starts = {run.id for run in methods.find_all("sft", seed)} if name.startswith("SFT, ") else {None}
+    found = (run for run in methods.find_all(usual, seed) if run.parent in starts)
     return next((run for run in found if "strict" in run.result), None)
-
-
-def _usual_runs(settings: str, seed: int) -> list[runs.Run]:
-    """Those with a recipe's settings, of this model and profile, on what the method usually learns from."""
-    method = settings.removesuffix("_from_base")
-    lora, data = adapter(method), fingerprint(methods.default_data(method, seed))
-    return runs.find(
-        method=method, model=base_name(resolve(model_name())), profile=profile(), seed=seed, status="done",
-        rank=lora.rank, alpha=lora.alpha, data=data, **recipe(settings),
-    )  # fmt: skip
 
 
 # --- one row -------------------------------------------------------------------------------------

@@ -191,6 +191,8 @@ def settings(trainer: Trainer, data: Any) -> dict[str, Any]:
         targets = targets if isinstance(targets, str) else sorted(targets)
         found |= {"rank": adapter.r, "alpha": adapter.lora_alpha, "targets": targets}
     rewards = getattr(trainer, "reward_func_names", getattr(trainer, "reward_names", None))
+    if rewards and args.reward_weights:  # others are only watched
+        rewards = [name for name, weight in zip(rewards, args.reward_weights, strict=True) if weight]
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     return found | {"rewards": rewards, "data": fingerprint(data), "weights": weights(base.name_or_path)}
 

@@ -201,13 +201,18 @@ def _some(rows: Dataset, n: int, seed: int) -> Dataset:
 # --- earlier runs --------------------------------------------------------------------------------
 
 
-def find(
+def find(method: str, seed: int = 0, **wanted: Any) -> runs.Run | None:
+    """The latest of ``find_all``, None if there is none."""
+    return next(iter(find_all(method, seed, **wanted)), None)
+
+
+def find_all(
     method: str, seed: int = 0, *, lora: LoRA | None = None, data: Dataset | None = None,
     start: runs.Run | None = None, **settings: Any,
-) -> runs.Run | None:  # fmt: skip
-    """The latest finished run of this model and profile with the usual settings, or with these in their
-    place, that learnt from the usual rewards and data, or from these, to the row; its adapter is still
-    there. start: the run that it has to have started from.
+) -> list[runs.Run]:  # fmt: skip
+    """The finished runs of this model and profile with the usual settings, or with these in their place, that
+    learnt from the usual rewards and data, or from these, to the row, and whose adapter is still there. The
+    newest is first. start: the run that they have to have started from.
     """
     method, usual = method.removesuffix("_from_base"), recipe(method)
     lora = lora or adapter(method)
@@ -219,8 +224,8 @@ def find(
         method=method, model=base_name(resolve(model_name())), profile=profile(), seed=seed, status="done",
         **({"parent": start.id} if start else {}),
     )  # fmt: skip
-    same = (run for run in found if jsonable(wanted) == {key: run.config.get(key) for key in wanted})
-    return next((run for run in same if run.adapter.is_dir()), None)
+    same = [run for run in found if jsonable(wanted) == {key: run.config.get(key) for key in wanted}]
+    return [run for run in same if run.adapter.is_dir()]
 
 
 def _reward_names(method: str) -> list[str] | None:

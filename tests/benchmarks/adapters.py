@@ -40,7 +40,7 @@ def main() -> None:
             lora.check_rank(config.rank, 64, lora.smallest_width(layers))
 
         def attach() -> None:
-            shape, _ = load._adapter(config, base, AutoConfig.from_pretrained(base), 64, True)
+            shape, _ = load._adapter(config, base, AutoConfig.from_pretrained(base), 64)
             load._attach(next(bare), shape, backend(), settings)
 
         def switch() -> None:

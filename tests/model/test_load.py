@@ -481,3 +481,9 @@ def test_grpo_runs_with_and_without_a_reference(base, trained, tmp_path, beta):
         assert reference
         for name, value in reference.items():
             assert value.equal(before[0][name.replace(".ref.", ".default.")])
+
+
+@pytest.mark.parametrize("lora", [LoRA(), None])
+def test_four_bits_are_refused_where_they_cannot_be(lora):
+    with pytest.raises(ValueError, match="load_in_4bit=True needs Unsloth on a GPU"):
+        load_model("abacus-3m", lora, load_in_4bit=True)

@@ -443,3 +443,38 @@ def test_rollout_in_grpo(tmp_path):
     trainer.args.use_vllm, trainer.args.generation_kwargs = False, {"num_beams": 2}
     with pytest.raises(ValueError, match="num_beams"):
         sampling.rollout(CHAT, trainer)
+
+
+def test_what_a_model_was_loaded_for_is_a_limit_too(adapted):
+    (model, tokenizer), before = adapted, adapted[0].max_seq_length
+    model.max_seq_length = 16
+    try:
+        with pytest.raises(ValueError, match="but the model has 16 positions"):
+            sampling.sample(model, tokenizer, ["1 + 1 ="], max_new_tokens=16)
+    finally:
+        model.max_seq_length = before
+
+
+def test_switching_to_inference_leaves_checkpointing_as_it_was(adapted):
+    """As Unsloth's for_inference does on a GPU."""
+    model, _ = adapted
+    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    before = [layer.gradient_checkpointing for layer in layers]
+
+    def turn_off():
+        for layer in layers:
+            layer.gradient_checkpointing = False
+
+    model.for_inference, model.for_training = turn_off, lambda **_: None
+    try:
+        for training in (True, False):
+            model.train(training)
+            for layer in layers:
+                layer.gradient_checkpointing = "unsloth"
+            with sampling.switched(model):
+                assert not any(layer.gradient_checkpointing for layer in layers)
+            assert layers and all(layer.gradient_checkpointing == "unsloth" for layer in layers)
+    finally:
+        del model.for_inference, model.for_training
+        for layer, was in zip(layers, before, strict=True):
+            layer.gradient_checkpointing = was

@@ -8,6 +8,7 @@ from rlnb import __main__
 from rlnb.record import runs
 from rlnb.tools import compare, experiments
 from rlnb.train import methods
+from rlnb.model.folders import weights
 from rlnb.train.loop import fingerprint
 from rlnb.train.recipes import adapter, recipe
 
@@ -144,7 +145,9 @@ def test_the_run_of_a_method_is_found_among_others(tmp_path, monkeypatch):
     def add(name, parent=None, save=True, **changes):
         method = name.removesuffix("_from_base")
         lora, data = adapter(method), fingerprint(methods.default_data(method, 0))
-        config = recipe(name) | {"rank": lora.rank, "alpha": lora.alpha, "data": data} | changes
+        own = {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets), "data": data}
+        own |= {"rewards": methods._reward_names(method), "weights": weights("abacus-3m")}
+        config = recipe(name) | own | changes
         with runs.start(method, model="abacus-3m", config=config, seed=0, parent=parent) as run:
             run.finish(strict={"k": 1, "n": 2})
             if save:
@@ -155,8 +158,8 @@ def test_the_run_of_a_method_is_found_among_others(tmp_path, monkeypatch):
     assert compare.find("SFT, DPO") is None and compare.find(compare.BEST) is None
     mine = add("dpo", sft)
     add("dpo", other), add("dpo", own), add("dpo", sft, beta=0.7), add("dpo", sft, data="mine")
-    add("dpo", sft, save=False), add("dpo", "gone")
-    from_base = add("grpo_from_base")
+    add("dpo", sft, save=False), add("dpo", "gone"), add("dpo", sft, weights="another model's")
+    from_base, _ = add("grpo_from_base"), add("grpo_from_base", rewards=["answer_only"])
     assert compare.find("SFT, DPO").id == mine and compare.find("SFT").id == sft
     assert compare.find("SFT, GRPO") is None
     assert compare.find("GRPO from base").id == from_base

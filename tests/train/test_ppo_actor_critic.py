@@ -166,3 +166,21 @@ def test_an_adapter_that_has_changed_its_base_is_its_own_reference(base, tmp_pat
     trainer = build((peft.get_peft_model(model, lora), tiny.tokenizer()), tmp_path)
     trainer.train()
     assert log(trainer)[0]["kl"] == 0.0  # the base with the adapter off would be another model
+
+
+def test_pieces_are_recomputed_by_torch_where_unsloth_has_its_own_checkpoint(monkeypatch):
+    """On a GPU Unsloth replaces torch.utils.checkpoint.checkpoint by one that is always reentrant."""
+    from torch.utils import checkpoint as checkpointing
+
+    def reentrant(*args, **kwargs):
+        raise AssertionError("Unsloth's checkpoint was called")
+
+    head, target = torch.nn.Linear(4, 8, bias=False), torch.tensor([1, 2, 3])
+    x = torch.randn(3, 4, requires_grad=True)
+    expected, _ = actor_critic.token_statistics(x, head, target, 1.0, False)
+    (gradient,) = torch.autograd.grad(expected.sum(), x)
+    monkeypatch.setattr(actor_critic, "LOGITS_AT_ONCE", 8)  # a token at a time
+    monkeypatch.setattr(checkpointing, "_old_checkpoint", checkpointing.checkpoint, raising=False)
+    monkeypatch.setattr(checkpointing, "checkpoint", reentrant)
+    found, _ = actor_critic.token_statistics(x, head, target, 1.0, False)
+    assert torch.equal(found, expected) and torch.equal(torch.autograd.grad(found.sum(), x)[0], gradient)

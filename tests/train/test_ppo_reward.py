@@ -68,7 +68,7 @@ def test_a_reward_that_fails_late_leaves_the_checkpoints(base, tmp_path):
     with pytest.raises(rewards.RewardError, match=r"moody.* raised OSError: the judge is away"):
         build(load(base), tmp_path, moody, **settings).train()
     trainer = build(load(base), tmp_path, **settings)
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [row["step"] for row in log(trainer)] == [1, 2, 3, 4]
 
 

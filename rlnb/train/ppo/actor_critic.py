@@ -15,7 +15,7 @@ from rlnb.model import adapters
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint as checkpointing
 
 POLICY, REFERENCE = "default", "ref"  # names of adapters
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in float32
@@ -82,7 +82,8 @@ def token_statistics(
     size = max(1, LOGITS_AT_ONCE // (x.shape[-1] if head is None else head.weight.shape[0]))
     if len(target_N) <= size:
         found = [piece(x, target_N)]
-    else:  # Unsloth puts a function of its own in checkpoint's place, so the kind is said here
+    else:  # on a GPU Unsloth puts a function in checkpoint's place that has no use_reentrant=False
+        checkpoint = getattr(checkpointing, "_old_checkpoint", checkpointing.checkpoint)
         pieces = zip(x.split(size), target_N.split(size), strict=True)
         found = [checkpoint(piece, *each, use_reentrant=False) for each in pieces]
     return tuple(torch.cat(column) for column in zip(*found, strict=True))

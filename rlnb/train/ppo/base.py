@@ -70,19 +70,6 @@ class ActorCriticTrainer(Trainer):
 
     # --- checkpoints -----------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, or go on from a checkpoint: its folder, or True for the last complete one in output_dir. A run
-        that goes on equals, step by step, one that was not killed, if all is given in the same way again.
-        """
-        if resume_from_checkpoint is True:  # the state is what Trainer writes last
-            complete = [f.parent for f in Path(self.args.output_dir).glob("checkpoint-*/trainer_state.json")]
-            if not complete:
-                says = "holds no complete checkpoint to resume from: set save_strategy and save_steps, or start anew"
-                raise FileNotFoundError(f"{self.args.output_dir} {says}")
-            resume_from_checkpoint = str(max(complete, key=lambda f: int(f.name.rpartition("-")[2])))
-        self._metrics.clear()  # of steps after the last log of an earlier call
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Policy and reference in PEFT's format, or the full model; beside it the critic's head."""
         folder = Path(output_dir or self.args.output_dir)
