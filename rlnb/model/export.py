@@ -49,6 +49,9 @@ def export_merged(
     """
     folder = Path(folder).expanduser().absolute()
     with folders.replaced(folder, FILES) as new:
+        card = folder / "README.md"
+        if folder.exists() and not (card.is_file() and "| merge checked |" in card.read_text(encoding="utf-8")):
+            raise FileExistsError(f"{folder} holds a model that is no export: name another folder")
         checked = _write_checked(model, tokenizer, new, prompts, dtype)
         (new / "README.md").write_text(_model_card(model, checked, run, data, licence, folder.name), encoding="utf-8")
     print(checked)
@@ -59,6 +62,8 @@ def _write_checked(model: Any, tokenizer: Any, folder: Path, prompts: Any, dtype
     """Write the merged model to the folder, and compare what was written with base + adapter."""
     if dtype not in TOLERANCE:
         raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(TOLERANCE)}")
+    if not prompts:
+        raise ValueError(f"prompts is {prompts!r}: give some to compare the logits on")
     _write(model, tokenizer, folder, dtype)
     # A CPU does not compute in float16; float32 holds the same weights.
     kind = "float32" if (dtype, model.device.type) == ("float16", "cpu") else dtype

@@ -71,10 +71,10 @@ def rollout(prompts: list[Prompt], trainer: Any) -> dict[str, list]:
 
 def tokenize(tokenizer: Any, prompts: Sequence[Prompt], **template: Any) -> list[list[int]]:
     """The token ids of each prompt, as TRL's trainers make them. Raises TypeError, or ValueError for an empty one."""
-    kinds = {type(prompt) for prompt in prompts}
-    if isinstance(prompts, str) or kinds not in (set(), {str}, {list}):
+    if isinstance(prompts, str | None) or (kinds := {type(prompt) for prompt in prompts}) not in (set(), {str}, {list}):
         raise TypeError(f"prompts must be a list of strings or a list of conversations, not {str(prompts)[:80]}")
     if kinds == {list}:
+        check_messages(prompts)
         prompt_ids = tokenizer.apply_chat_template(
             list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **template
         )["input_ids"]
@@ -83,6 +83,14 @@ def tokenize(tokenizer: Any, prompts: Sequence[Prompt], **template: Any) -> list
     if [] in prompt_ids:
         raise ValueError(f"prompt {prompt_ids.index([])} has no tokens")
     return prompt_ids
+
+
+def check_messages(prompts: Sequence[Any]) -> None:
+    """Raise TypeError for what is no conversation."""
+    for i, prompt in enumerate(prompts):
+        fine = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+        if not fine or not prompt:
+            raise TypeError(f"prompt {i} is {prompt!r:.80}: give messages, each with a role and a content")
 
 
 @contextmanager
@@ -122,8 +130,8 @@ def _settings(
 ) -> Settings:  # fmt: skip
     for name, value in {"n": n, "max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         check_positive_int(name, value)
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}: it must be 0 (greedy) or a positive number")
+    if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature!r}: it must be 0 (greedy) or a positive number")
     pad = tokenizer.pad_token_id or 0  # any token will do: padding is masked, and cut off
     ends = tuple(end_tokens(model, tokenizer))
     return Settings(max_new_tokens, temperature, seed, batch_size, ends, pad)

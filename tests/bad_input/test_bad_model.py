@@ -111,7 +111,7 @@ SAVED = (
     ("configless", FileNotFoundError, "configless is not an adapter", "no adapter_config.json among adapter_model"),
     ("alone", FileNotFoundError, "alone is not an adapter", "no adapter_model.safetensors among"),
     ("text", ValueError, "text/adapter_config.json", "line 1"),
-    ("listed", ValueError, "listed/adapter_config.json [] is not an object"),
+    ("listed", ValueError, "listed/adapter_config.json: [] is not an object"),
     ("bare", ValueError, "bare/adapter_config.json: LoRA rank is None"),
     ("ia3", ValueError, "ia3/adapter_config.json: peft_type is 'IA3', it must be 'LORA'"),
     ("untyped", ValueError, "untyped/adapter_config.json: peft_type is None, it must be 'LORA'"),
@@ -219,7 +219,7 @@ def predict(name="base", adapter=None, **more):
     (lambda house: reward_model.load(house / "base", house / "nowhere"), FileNotFoundError, "no adapter", "nowhere is no folder"),
     (lambda house: reward_model.load(house / "base", house / "good"), ValueError, "good/adapter_config.json", "no reward model's, which is SEQ_CLS"),
     (lambda house: reward_model.load(house / "base", house / "bad/reward-nan"), ValueError, "reward-nan/adapter_model.safetensors", "NaN"),
-    (lambda house: reward_model.load(house / "base", LoRA(4, targets=("wq",))), ValueError, "wq"),
+    (lambda house: reward_model.load(house / "base", LoRA(4, targets=("wq",))), ValueError, "No modules were targeted", "target_modules"),
     (lambda house: reward_model.load(house / "models/text", LoRA(4)), ValueError, "models/text", "config.json"),
 )  # fmt: skip
 def test_of_memory_and_reward_models(call, kind, words, house):
