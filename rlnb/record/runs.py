@@ -92,7 +92,7 @@ class Run:
 
     def log(self, step: int | None = None, **values: float) -> None:
         """Appends one line of numbers to the curve, at once. TypeError for a value that is none."""
-        if bad := [f"{name}={value!r}" for name, value in values.items() if number(value) is None]:
+        if bad := [f"{k}={v!r}" for k, v in {"step": step or 0, **values}.items() if number(v) is None]:
             raise TypeError(f"log: {', '.join(bad)} is no number; results go to finish().")
         row = {} if step is None else {"step": step}
         if self._began is not None:

@@ -52,13 +52,13 @@ class Panel(live.Drawn):
         self, method: str, *, seed: int = 0, start: Any = None, data: Any = None, reward: Any = None,
         problems: Any = None, lora: LoRA | None = None, max_lora_rank: int = 64, **settings: Any,
     ) -> None:  # fmt: skip
+        self.usual = recipe("grpo_from_base" if (method, start) == ("grpo", "base") else method) | settings
         self.method, self.lora, self.start = method, lora or adapter(method), start or methods.METHODS[method].start
         own = {"base": ("rank", "alpha"), "sft": ("rank",)}.get(self.start, ())
         if not own:  # a saved adapter keeps its rank and alpha
             _, saved = read_saved(start.adapter if isinstance(start, runs.Run) else start)
             self.lora = LoRA(rank=saved["r"], alpha=saved["lora_alpha"])
         self.given = dict(start=start, data=data, reward=reward, problems=problems)
-        self.usual = recipe("grpo_from_base" if (method, start) == ("grpo", "base") else method) | settings
         if reward is not None and "reward_weights" not in settings:
             self.usual.pop("reward_weights", None)  # they are for the usual rewards
         self.first = {key: getattr(self.lora, key) for key in own} | {"max_lora_rank": max_lora_rank}
@@ -91,7 +91,9 @@ class Panel(live.Drawn):
         return replace(self.lora, **{key: self.knobs[key].value for key in ("rank", "alpha") if key in self.knobs})
 
     def set(self, **values: float) -> None:
-        """Move knobs. Raises KeyError for a knob that is not there."""
+        """Move knobs. Raises ValueError for a knob that is not there."""
+        if unknown := set(values) - set(self.knobs):
+            raise ValueError(f"no knob {', '.join(sorted(unknown))}: there are {', '.join(self.knobs)}")
         for key, value in values.items():
             knob = self.knobs[key]
             if hasattr(knob, "options"):  # those offer some values only

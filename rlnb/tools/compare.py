@@ -271,6 +271,8 @@ def main(arguments: Any, rest: Sequence[str] = ()) -> int:
     """python -m rlnb compare. Of another model than the practice model the table goes to the registry."""
     if unknown := [name for name in arguments.only or [] if name not in METHODS]:
         raise ValueError(f"no method {unknown[0]!r}; there are {', '.join(map(repr, METHODS))}.")
+    if bad := [f"{name} is {n}" for name, n in (("seeds", arguments.seeds), ("jobs", arguments.jobs)) if n < 1]:
+        raise ValueError(f"{bad[0]}: it must be at least 1")
     os.environ["RLNB_PROFILE"] = "cpu"
     out = OUT if model_name() == PRACTICE else runs.root() / f"methods-{Path(model_name()).name}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)

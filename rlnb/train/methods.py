@@ -56,6 +56,8 @@ METHODS = {
     "orpo": Method("trl.experimental.orpo", "ORPO", "base", "pairs"),
     "grpo": Method("trl", "GRPO", "sft", "prompts"),
 }
+COLUMNS = {"demonstrations": ("prompt completion", "messages", "text"), "pairs": ("chosen rejected",),
+           "all pairs": ("chosen rejected",), "labels": ("completion label", "chosen rejected"), "prompts": ("prompt",)}
 FROM_BASE = ("sft", "reward_model")  # always
 
 
@@ -78,8 +80,10 @@ def train(
     spec = METHODS[method]
     if start not in (None, "base") and method in FROM_BASE:
         raise ValueError(f"{method} starts from the base, and start is {start!r}: leave it out")
-    if data is not None and not len(data):
-        raise ValueError(f"data has no rows for {method}: leave it out for the workbook's, or give some")
+    if data is not None:
+        _check_data(method, data)
+    if isinstance(reward, list | tuple) and not reward:
+        raise ValueError(f"reward is {reward!r}: give at least one, or leave it out for the usual")
     start = spec.start if start is None else start
     args = _config(method, start, seed, reward, settings)
     lora = lora or adapter(method)
@@ -99,11 +103,25 @@ def train(
     return run
 
 
+def _check_data(method: str, data: Any) -> None:
+    """Raise ValueError without rows or columns that the method reads, TypeError for what is no Dataset."""
+    if not len(data):
+        raise ValueError(f"data has no rows for {method}: leave it out for the workbook's, or give some")
+    if not isinstance(data, Dataset):
+        raise TypeError(f"data is a {type(data).__name__}: give a Dataset, as rlnb.data.shapes makes them")
+    needed = COLUMNS[METHODS[method].data]
+    if not any(set(columns.split()) <= set(data.column_names) for columns in needed):
+        there = ", ".join(data.column_names) or "none"
+        raise ValueError(f"data has the columns {there}, and {method} reads {', or '.join(needed)}")
+
+
 def _config(method: str, start: Start, seed: int, reward: Any, settings: dict[str, Any]) -> Any:
     config, _ = METHODS[method].classes()
     if unknown := set(settings) - {field.name for field in fields(config)}:
         raise TypeError(f"{config.__name__} has no argument {', '.join(sorted(unknown))}")
     usual = recipe("grpo_from_base" if method == "grpo" and start == "base" else method)
+    if text := [f"{k}={v!r}" for k, v in settings.items() if isinstance(v, str) and type(usual.get(k)) in (int, float)]:
+        raise TypeError(f"{config.__name__}: {', '.join(text)} is no number")
     if reward is not None:
         usual.pop("reward_weights", None)  # they were for the usual rewards
     return config(**common(config, seed) | usual | settings)

@@ -135,9 +135,10 @@ def test_an_unknown_layer_is_named_beside_those_there_are(skeleton, targets):
     unknown = [targets] if isinstance(targets, str) else [t for t in targets if t != "q_proj"]
     with pytest.raises(ValueError) as error:
         lora.target_layers(skeleton, targets)
+    way_out = ", and text is a regular expression: give names in a list" if isinstance(targets, str) else ""
     assert str(error.value) == (
         f"the model has no linear layer {', '.join(unknown)} for LoRA: its layers are "
-        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+        f"q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj{way_out}"
     )
 
 

@@ -183,7 +183,7 @@ def test_reward_adapters_that_do_not_fit_are_refused(base, tmp_path, judge):
     with pytest.raises(ValueError, match="does not fit the model: "):
         build(loaded, tmp_path, rank)
     policy = save_adapter(load(base, "trained")[0], tmp_path / "policy")
-    with pytest.raises(ValueError, match="no score head with one output but none"):
+    with pytest.raises(ValueError, match="so this is no reward model's, which is SEQ_CLS"):
         build(loaded, tmp_path, policy)
     rewriting = changed_copy(folder, tmp_path / "rewriting", init_lora_weights="pissa")
     with pytest.raises(ValueError, match=r"adapter_config\.json: init_lora_weights is 'pissa', which rewrites"):

@@ -60,7 +60,7 @@ class PPOTrainer(ActorCriticTrainer):
         disable_dropout_in_model(model)  # with it, old and new policy would differ without any update
         self.reward_sources = reward.sources(reward_funcs, model, processing_class)
         self.reward_names = [source.name for source in self.reward_sources]
-        weights = args.reward_weights or [1.0] * len(self.reward_names)
+        weights = [1.0] * len(self.reward_names) if args.reward_weights is None else args.reward_weights
         if len(weights) != len(self.reward_names):
             raise ValueError(f"reward_weights is {weights}: give a number for each reward, {self.reward_names}")
         super().__init__(
