@@ -1,7 +1,4 @@
-"""The parts of a slot. Each checks one thing and returns its figures; slot.py starts a process for each.
-
-    SLOT_DRY=1 RLNB_PROFILE=smoke python -m tests.gpu.parts sampling     # one part, tiny, on a CPU
-"""
+"""The parts of a slot. Each checks one thing and returns its figures; slot.py starts a process for each."""
 
 import functools
 import importlib.util
@@ -60,9 +57,6 @@ def off_by(found: Any, expected: Any) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-# --- loading, sampling, merging ------------------------------------------------------------------
-
-
 def loading() -> dict[str, Any]:
     """A new adapter, a saved one, everything; ranks are refused before any memory is taken."""
     import pytest
@@ -93,7 +87,6 @@ def kernels(way: str) -> dict[str, Any]:
     found, file = logits(model), Path(os.environ["RLNB_RUNS"]).parent / "logits"
     if way == "unsloth":
         torch.save(found, file)
-        return {"largest": float(found.abs().max())}
     error = off_by(torch.load(file), found)
     assert error < 0.05, error  # rounding to 16 bits, 4 layers
     return {"error": error}
@@ -160,8 +153,7 @@ def vllm() -> dict[str, Any]:
     args = GRPOConfig(**common(GRPOConfig, 0) | recipe("grpo") | {"max_steps": 8, "reward_weights": None})
     trainer = GRPOTrainer(model, [digits], args, methods.default_data("grpo", 0), processing_class=tokenizer)
     trainer.train()
-    times = [row["step_time"] for row in trainer.state.log_history if "reward" in row]
-    return {"same": same, "seconds_per_step": statistics.median(times)}
+    return {"same": same, "last": trainer.state.log_history[-2]}
 
 
 def kl() -> dict[str, Any]:
@@ -198,9 +190,6 @@ def lora_full_lora() -> dict[str, Any]:
     return {"error": error}
 
 
-# --- training ------------------------------------------------------------------------------------
-
-
 def paces(run: Any) -> dict[str, Any]:
     """Seconds of a step, without the first, which compiles; the most that torch held, with vLLM its cache too."""
     from torch import cuda
@@ -214,9 +203,8 @@ def method(name: str) -> dict[str, Any]:
     """Some steps from an SFT adapter: numbers, gradients, a policy that begins as its reference and with ratio 1."""
     from rlnb.train import methods, train
 
-    more = {"num_ppo_epochs": 1, "num_mini_batches": 1} if name == "ppo" else {}
-    more |= {"reward": digits} if name in ("grpo", "rloo") else {}
-    run = train(name, problems=(), max_steps=STEPS, **more)
+    more = {"ppo": dict(num_ppo_epochs=1, num_mini_batches=1), "grpo": dict(reward=digits), "rloo": dict(reward=digits)}
+    run = train(name, problems=(), max_steps=STEPS, **more.get(name, {}))
     rows = [row for row in run.curve() if "loss" in row]
     assert len(rows) == STEPS and all(math.isfinite(row["loss"]) for row in rows)
     assert all(math.isfinite(row["grad_norm"]) for row in rows) and any(row["grad_norm"] > 0 for row in rows)
@@ -228,6 +216,15 @@ def method(name: str) -> dict[str, Any]:
         assert abs(first["policy/ratio"] - 1) < 1e-3 and first["policy/approx_kl"] < 1e-4, first
     assert name != "sft" or rows[-1]["loss"] < first["loss"], rows
     return paces(run) | {"first": first, "last": rows[-1]}
+
+
+def resume() -> dict[str, Any]:
+    """A run that breaks and goes on from its checkpoint ends as one that did not, to the bit."""
+    import pytest
+
+    which = "broken_run and (sft or dpo or grpo)"
+    assert pytest.main(["-q", "tests/train/test_resume.py", "-k", which]) == 0
+    return {"which": which}
 
 
 def memory() -> dict[str, Any]:
@@ -266,7 +263,7 @@ PARTS = {
     **{f"kernels {way}": (90, functools.partial(kernels, way)) for way in ("unsloth", "plain")},
     "vllm": (300, vllm), "kl": (60, kl), "merges": (90, merges), "lora, full, lora": (90, lora_full_lora),
     **{name: (120, functools.partial(method, name)) for name in METHODS},
-    "memory": (90, memory),
+    "resume": (120, resume), "memory": (90, memory),
     **{f"speed {name} {way}": (150, functools.partial(speed, name, way))
        for name in ("sft", "grpo") for way in ("plain", "unsloth")},
 }  # fmt: skip

@@ -37,12 +37,11 @@ class Part(NamedTuple):
     words: Sequence[str]
 
 
-MINE = [Part(name, limit, ("tests.gpu.parts", name)) for name, (limit, _) in parts.PARTS.items()]
-RESUME = ("pytest", "-q", "tests/train/test_resume.py", "-k", "broken_run and (sft or dpo or grpo)")
 PARTS = (
-    Part("doctor", 90, ("rlnb", "doctor")), *MINE[:-4], Part("resume", 120, RESUME), *MINE[-4:],  # speed
+    Part("doctor", 90, ("rlnb", "doctor")),
+    *(Part(name, limit, ("tests.gpu.parts", name)) for name, (limit, _) in parts.PARTS.items()),
     *(Part(name, 120, ("rlnb", "run", name, "--out", "WORK/html")) for name in ("00_start", "08_grpo")),
-)  # fmt: skip
+)
 
 
 def run(todo: Sequence[Part], out: Path, seconds: float, dry: bool = False) -> list[dict[str, Any]]:
