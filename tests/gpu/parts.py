@@ -63,11 +63,12 @@ def loading() -> dict[str, Any]:
     from rlnb.model import LoRA, backend, load_model, trainable
     from torch import cuda
 
-    assert DRY or (backend() == "unsloth-gpu" and cuda.is_available()), backend()
+    assert DRY or backend() == "unsloth-gpu", backend()
+    before = cuda.memory_allocated()
     for fast in (False, True):
         with pytest.raises(ValueError, match="rank 32 is above max_lora_rank 16"):
             load_model(PRACTICE, LoRA(rank=32), max_lora_rank=16, fast_inference=fast)
-    assert DRY or cuda.memory_allocated() == 0
+    assert cuda.memory_allocated() == before
     if not DRY and not HAS_VLLM:
         with pytest.raises(ImportError, match="needs vllm"):
             load_model(PRACTICE, LoRA(), fast_inference=True)
@@ -222,9 +223,8 @@ def resume() -> dict[str, Any]:
     """A run that breaks and goes on from its checkpoint ends as one that did not, to the bit."""
     import pytest
 
-    which = "broken_run and (sft or dpo or grpo)"
-    assert pytest.main(["-q", "tests/train/test_resume.py", "-k", which]) == 0
-    return {"which": which}
+    assert not pytest.main(["-q", "tests/train/test_resume.py", "-k", "broken_run and (sft or dpo or grpo)"])
+    return {}
 
 
 def memory() -> dict[str, Any]:
