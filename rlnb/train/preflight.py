@@ -36,7 +36,7 @@ def check(trainer: Any, data: Any = None) -> None:
     data: the data set as it was given to the trainer, to count the rows that it has left out.
     """
     checked = _Checked(trainer)
-    for look in (_adapter, _settings, _labels, _rewards, _room, _sampler):
+    for look in (_adapter, _reference, _settings, _labels, _rewards, _room, _sampler):
         look(checked)
     _rows(checked, data)
     if checked.wrong:
@@ -106,6 +106,17 @@ def _adapter(t: _Checked) -> None:
         )
     if any(getattr(module, "merged", False) is True for module in t.model.modules()):
         t.wrong.append("the adapter is merged into the weights: call model.unmerge_adapter() first")
+
+
+def _reference(t: _Checked) -> None:
+    """Unsloth's GRPOTrainer for GPUs takes out TRL's copy of a policy that starts from an adapter."""
+    if "GRPO" not in t.name or not t.args.beta or not t.adapter or "ref" in t.model.peft_config:
+        return
+    if any(p.any() for name, p in t.model.named_parameters() if "lora_B." in name):
+        t.odd.append(
+            f"beta is {t.args.beta:g}, and this trainer measures the KL from the base, not from the adapter that the "
+            "policy starts from: set beta=0.0, or train with RLOO, which keeps a copy of that adapter"
+        )
 
 
 def _settings(t: _Checked) -> None:
