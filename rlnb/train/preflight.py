@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlnb import machine
-from rlnb.model import backend, memory, sampling
+from rlnb.model import memory, sampling
 from rlnb.model.lora import LoRA
 
 import numpy as np
@@ -36,7 +36,7 @@ def check(trainer: Any, data: Any = None) -> None:
     data: the data set as it was given to the trainer, to count the rows that it has left out.
     """
     checked = _Checked(trainer)
-    for look in (_adapter, _settings, _labels, _rewards, _room, _sampler):
+    for look in (_adapter, _reference, _settings, _labels, _rewards, _room, _sampler):
         look(checked)
     _rows(checked, data)
     if checked.wrong:
@@ -104,18 +104,19 @@ def _adapter(t: _Checked) -> None:
             f"the {'adapter' if t.adapter else 'model'} is frozen, and training would change nothing. "
             "Load a saved one with load_model(name, folder), or PEFT's is_trainable=True"
         )
-    if backend() == "unsloth-gpu" and "GRPO" in t.name and t.args.beta and _has_learnt(t.model):
-        t.odd.append(
-            f"beta is {t.args.beta:g}, and on a GPU Unsloth takes GRPO's KL from the base, not from the adapter "
-            "that the policy starts with: set beta=0.0, or merge that adapter first"
-        )
     if any(getattr(module, "merged", False) is True for module in t.model.modules()):
         t.wrong.append("the adapter is merged into the weights: call model.unmerge_adapter() first")
 
 
-def _has_learnt(model: Any) -> bool:
-    """Whether an adapter is no new one, whose B is 0."""
-    return any(bool(p.any()) for name, p in model.named_parameters() if ".lora_B." in name)
+def _reference(t: _Checked) -> None:
+    """Unsloth's GRPOTrainer for GPUs takes out TRL's copy of a policy that starts from an adapter."""
+    if "GRPO" not in t.name or not t.args.beta or not t.adapter or "ref" in t.model.peft_config:
+        return
+    if any(p.any() for name, p in t.model.named_parameters() if "lora_B." in name):
+        t.odd.append(
+            f"beta is {t.args.beta:g}, and this trainer measures the KL from the base, not from the adapter that the "
+            "policy starts from: set beta=0.0, or train with RLOO, which keeps a copy of that adapter"
+        )
 
 
 def _settings(t: _Checked) -> None:

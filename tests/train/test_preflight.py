@@ -289,3 +289,15 @@ def test_a_sampler_that_is_not_the_policy_is_found(make, monkeypatch, kind):
     sample = sampling.sample
     monkeypatch.setattr(sampling, "sample", lambda model, *a, **k: sample(other, *a, **k))
     assert "what samples is not the policy" in refused(trainer)
+
+
+def test_a_kl_from_the_base_where_the_policy_starts_from_an_adapter_is_told(make):
+    """As in Unsloth's GRPOTrainer for GPUs, which takes the copy out: tests/train/test_unsloth_generated.py."""
+    trainer = make("grpo", beta=0.1)
+    preflight.check(trainer)
+    trainer.model.delete_adapter("ref")
+    preflight.check(trainer)  # a new adapter: the base is where it starts
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.01)
+    assert "measures the KL from the base" in warned(trainer)
