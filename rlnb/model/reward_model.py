@@ -13,7 +13,6 @@ from rlnb.model import attention
 from rlnb.model.backends import quiet
 from rlnb.model.folders import read_saved, resolve
 from rlnb.model.lora import LoRA
-from rlnb.model.sampling import check_messages
 
 import torch  # these come after rlnb.model, which brings in Unsloth
 from peft import PeftModel, get_peft_model
@@ -50,7 +49,6 @@ def load(
 
 def score(model: Any, tokenizer: Any, conversations: Sequence[Messages], batch_size: int = 32) -> list[float]:
     """The reward of each conversation, prompt and completion together; equal ones are read once."""
-    check_messages(conversations)
     ids = tokenizer.apply_chat_template(list(conversations), tokenize=True, return_dict=True)["input_ids"]
     ids = [tuple(row) for row in ids]
     if not hasattr(model, "score"):

@@ -74,7 +74,9 @@ def tokenize(tokenizer: Any, prompts: Sequence[Prompt], **template: Any) -> list
     if isinstance(prompts, str | None) or (kinds := {type(prompt) for prompt in prompts}) not in (set(), {str}, {list}):
         raise TypeError(f"prompts must be a list of strings or a list of conversations, not {str(prompts)[:80]}")
     if kinds == {list}:
-        check_messages(prompts)
+        for prompt in prompts:
+            if not prompt or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+                raise TypeError(f"the prompt {prompt!r:.80} is no conversation: give messages with role and content")
         prompt_ids = tokenizer.apply_chat_template(
             list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **template
         )["input_ids"]
@@ -83,14 +85,6 @@ def tokenize(tokenizer: Any, prompts: Sequence[Prompt], **template: Any) -> list
     if [] in prompt_ids:
         raise ValueError(f"prompt {prompt_ids.index([])} has no tokens")
     return prompt_ids
-
-
-def check_messages(prompts: Sequence[Any]) -> None:
-    """Raise TypeError for what is no conversation."""
-    for i, prompt in enumerate(prompts):
-        fine = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
-        if not fine or not prompt:
-            raise TypeError(f"prompt {i} is {prompt!r:.80}: give messages, each with a role and a content")
 
 
 @contextmanager

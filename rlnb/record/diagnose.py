@@ -50,8 +50,6 @@ class Curve:
 
     def __init__(self, rows: Iterable[Mapping[str, Any]]):
         self.rows = list(rows)
-        if odd := [row for row in self.rows if not isinstance(row, Mapping)]:
-            raise TypeError(f"{odd[0]!r:.60} is no row of a log: give a run, or rows as in trainer.state.log_history")
         self.samples = any("reward" in row for row in self.rows)  # GRPO, RLOO, PPO
         self.kto = not self.samples and any("kl" in row for row in self.rows)
         self.gradient = max(self["grad_norm"], default=math.nan)  # the largest

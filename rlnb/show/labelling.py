@@ -19,7 +19,6 @@ from typing import Any
 
 import ipywidgets
 
-from rlnb import files
 from rlnb.data import preferences
 from rlnb.data.annotators import Annotator, Row, Verifier
 from rlnb.measure import agreement
@@ -139,7 +138,6 @@ class Session:
         return "; ".join(parts + [f"agrees with {name} {share}" for name, share in self.agreement().items()])
 
     def _item(self, row: Row) -> Item | None:
-        files.check_fields(row, {"responses": list}, f"row {row['id']!r}")
         texts = [text for text in dict.fromkeys(row["responses"]) if text.strip()]
         if len(texts) < 2:
             return None

@@ -152,10 +152,10 @@ def _value(tokens: list[str], known: set[int], results: set[int]) -> int | None:
 
 def grade(completion: str, question: str, answer: int) -> Grade:
     """Grades one completion against the question and its right answer, in linear time."""
-    for what, value, kind in (("a completion", completion, str), ("a question", question, str), ("an answer", answer, int)):
+    for says, value, kind in (("a completion is a str", completion, str), ("a question is a str", question, str),
+                              ("an answer is an int", answer, int)):  # fmt: skip
         if not isinstance(value, kind) or isinstance(value, bool):
-            article = "an" if kind is int else "a"
-            raise TypeError(f"{what} is {article} {kind.__name__}, not {type(value).__name__}: {value!r:.80}")
+            raise TypeError(f"{says}, not {type(value).__name__}: {value!r:.80}")
     if len(completion) > MAX_CHARS:
         return Grade(False, None, False, False, False)
     return _grade(completion, question, answer)

@@ -104,15 +104,13 @@ def train(
 
 
 def _check_data(method: str, data: Any) -> None:
-    """Raise ValueError without rows or columns that the method reads, TypeError for what is no Dataset."""
+    """Raise ValueError for data without rows, or without the columns that the method reads."""
     if not len(data):
         raise ValueError(f"data has no rows for {method}: leave it out for the workbook's, or give some")
-    if not isinstance(data, Dataset):
-        raise TypeError(f"data is a {type(data).__name__}: give a Dataset, as rlnb.data.shapes makes them")
-    needed = COLUMNS[METHODS[method].data]
-    if not any(set(columns.split()) <= set(data.column_names) for columns in needed):
-        there = ", ".join(data.column_names) or "none"
-        raise ValueError(f"data has the columns {there}, and {method} reads {', or '.join(needed)}")
+    needed, there = COLUMNS[METHODS[method].data], getattr(data, "column_names", ())
+    if not any(set(columns.split()) <= set(there) for columns in needed):
+        says = f"and {method} reads {', or '.join(needed)} of a Dataset, as rlnb.data.shapes makes it"
+        raise ValueError(f"data is a {type(data).__name__} with the columns {', '.join(there) or 'none'}, {says}")
 
 
 def _config(method: str, start: Start, seed: int, reward: Any, settings: dict[str, Any]) -> Any:

@@ -78,7 +78,8 @@ def here(call):
 @cases(
     (here(lambda: shapes.preference([])), ValueError, "shape preference needs a row", "there is none"),
     (here(lambda: shapes.preference([5])), ValueError, "row 0: 5 is not an object with columns"),
-    (here(lambda: shapes.preference([without(PAIR, "chosen")])), ValueError, "row 0: no column 'chosen'", "there are prompt, rejected", "needs prompt, chosen, rejected"),
+    (here(lambda: shapes.preference([without(PAIR, "chosen")])), ValueError, "row 0: no column 'chosen'",
+     "there are prompt, rejected", "needs prompt, chosen, rejected"),
     (here(lambda: shapes.preference("rows")), ValueError, "row 0: 'r' is not an object with columns"),
     (pairs(prompt=5), ValueError, "row 1, prompt: 5 is not a list of messages"),
     (pairs(prompt=""), ValueError, "row 1, prompt, message 0, content: '' is no text"),
@@ -170,10 +171,12 @@ def good():
 
 @cases(
     *((lambda folder, field=field: preferences.read(folder / f"no-{field}.jsonl"), ValueError,
-       f"no-{field}.jsonl, line 2, {field}: {value!r} is no") for field, value in RESPONSES.items() if field != "prompt"),
+       f"no-{field}.jsonl, line 2, {field}: {value!r} is no")
+      for field, value in RESPONSES.items() if field != "prompt"),
     (lambda folder: preferences.read(folder / "no-prompt.jsonl"), ValueError, "line 2, prompt: [] is not a list"),
     (lambda folder: preferences.read(folder / "gone.jsonl"), FileNotFoundError, "gone.jsonl"),
-    (lambda folder: preferences.read(folder / "broken.jsonl"), ValueError, "broken.jsonl, line 1, prompt: 'a' is not a list of messages"),
+    (lambda folder: preferences.read(folder / "broken.jsonl"), ValueError,
+     "broken.jsonl, line 1, prompt: 'a' is not a list of messages"),
     (ask(Verifier(), without(ROW, "responses")), ValueError, "row 0, responses: None is no list"),
     (ask(Verifier(), without(ROW, "id")), ValueError, "row 0, id: None is no str"),
     (ask(Verifier(), "row"), ValueError, "row 0: 'row' is not an object with columns"),
@@ -195,7 +198,8 @@ def good():
     (lambda folder: annotators.check_rate(2, "share"), ValueError, "share is 2", "between 0 and 1"),
     (lambda folder: preferences.pairs([]), ValueError, "no pair is left", "'ties': 0"),
     (lambda folder: preferences.pairs(judged(responses=["4", "5"])), ValueError, "no pair is left", "'ties': 1"),
-    (lambda folder: preferences.pairs([ROW]), ValueError, "row 0, which annotate makes, comparisons: None is no list"),
+    (lambda folder: preferences.pairs([ROW]), ValueError,
+     "row 0, which annotate makes, comparisons: None is no list"),
     (lambda folder: preferences.pairs(judged(), how="best"), ValueError, "how is 'best'", "'all' or 'random'"),
     (lambda folder: preferences.unpair([LABEL | {"prompt": [USER]}]), ValueError, "row 0: no column 'chosen'"),
     (lambda folder: preferences.unpair([]), ValueError, "shape preference needs a row"),

@@ -7,7 +7,7 @@ import pytest
 from clear import cases, check, environment, inside
 
 from rlnb.measure.intervals import Proportion
-from rlnb.record import diagnose, runs
+from rlnb.record import runs
 from rlnb.show import labelling, plots
 from rlnb.show.panel import Panel
 
@@ -85,8 +85,6 @@ def kept_in(place, **more):
     (logged(1, loss={"a": 1}), TypeError, "log: loss={'a': 1} is no number"),
     (logged(1, loss=1.0, name="dpo", kind="x"), TypeError, "name='dpo', kind='x' is no number"),
     (logged("one", loss=1.0), TypeError, "log: step='one' is no number"),
-    (lambda house: diagnose.run("done"), TypeError, "'d' is no row of a log", "a run, or rows"),
-    (lambda house: diagnose.run([1.0]), TypeError, "1.0 is no row of a log", "a run, or rows"),
 )
 @pytest.mark.filterwarnings("ignore:skipped broken run")
 def test_of_a_registry(call, kind, words, house):
@@ -146,9 +144,9 @@ def answered(house, *choices):
     (lambda house: session(annotator="x" * 65), ValueError, "annotator is 'xxx", "use letters, digits"),
     (lambda house: session(rows=[]), ValueError, "none of the 0 rows has two different responses"),
     (lambda house: session(rows=[ROW | {"responses": ["3"]}]), ValueError, "none of the 1 rows has two different"),
-    (lambda house: session(rows=[ROW | {"responses": ["3", "3"]}]), ValueError, "none of the 1 rows has two different"),
+    (lambda house: session(rows=[ROW | {"responses": ["3", "3"]}]), ValueError,
+     "none of the 1 rows has two different"),
     (lambda house: session(rows=[ROW | {"responses": ["3", " "]}]), ValueError, "two different responses to compare"),
-    (lambda house: session(rows=[{"id": "a"}]), ValueError, "row 'a', responses: None is no list"),
     (lambda house: session(path=house / "file" / "new.jsonl"), OSError, "file"),
     (lambda house: session(path=house / "file"), OSError, "file"),
 )

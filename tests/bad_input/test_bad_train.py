@@ -1,4 +1,4 @@
-"""Bad input to rlnb.train and the command line: what is said, and that no run is left but failed ones."""
+"""Bad input to rlnb.train: what the message must say, and that no run is left but failed ones."""
 
 import math
 
@@ -6,10 +6,9 @@ import broken
 import pytest
 from clear import cases, check, environment, inside
 
-from rlnb import __main__
 from rlnb.model import LoRA, load_model, save_adapter
 from rlnb.record import runs
-from rlnb.task import problems, rewards
+from rlnb.task import rewards
 from rlnb.train import fit, methods, recipe, train
 from rlnb.train.ppo import PPOConfig, PPOTrainer
 
@@ -80,35 +79,51 @@ SAMPLED = {"data": PROMPTS, "per_device_train_batch_size": 8}
     (method("sft", data=[]), ValueError, "data has no rows for sft"),
     (method("sft", data=PAIRS), ValueError, "the columns prompt, chosen, rejected, and sft reads prompt completion"),
     (method("dpo", data=DEMOS), ValueError, "the columns prompt, completion, and dpo reads chosen rejected"),
-    (method("orpo", data=PROMPTS), ValueError, "the columns prompt, answer, question, and orpo reads chosen rejected"),
-    (method("kto", data=DEMOS), ValueError, "the columns prompt, completion, and kto reads completion label, or chosen"),
+    (method("orpo", data=PROMPTS), ValueError,
+     "the columns prompt, answer, question, and orpo reads chosen rejected"),
+    (method("kto", data=DEMOS), ValueError,
+     "the columns prompt, completion, and kto reads completion label, or chosen"),
     (method("reward_model", data=PROMPTS), ValueError, "and reward_model reads chosen rejected"),
-    (method("grpo", data=Dataset.from_list([{"question": "1"}])), ValueError, "data has the columns question, and grpo reads prompt"),
-    (method("ppo", data=Dataset.from_list([{"question": "1"}])), ValueError, "data has the columns question, and ppo reads prompt"),
-    (method("rloo", data=Dataset.from_list([{"text": "1"}])), ValueError, "data has the columns text, and rloo reads prompt"),
-    (method("sft", data=[{"prompt": USER}]), TypeError, "data is a list: give a Dataset", "rlnb.data.shapes"),
-    (method("sft", data="rows"), TypeError, "data is a str: give a Dataset", "rlnb.data.shapes"),
+    (method("grpo", data=Dataset.from_list([{"question": "1"}])), ValueError,
+     "with the columns question, and grpo reads prompt"),
+    (method("ppo", data=Dataset.from_list([{"question": "1"}])), ValueError,
+     "with the columns question, and ppo reads prompt"),
+    (method("rloo", data=Dataset.from_list([{"text": "1"}])), ValueError,
+     "with the columns text, and rloo reads prompt"),
+    (method("sft", data=[{"prompt": USER}]), ValueError, "data is a list with the columns none", "rlnb.data.shapes"),
+    (method("sft", data="rows"), ValueError, "data is a str with the columns none", "rlnb.data.shapes"),
     (method("sft", data=TOO_LONG, max_length=None), ValueError, "before training", "positions", "max_length"),
     (method("grpo", reward=[], **SAMPLED), ValueError, "reward is []", "leave it out for the usual"),
     (method("rloo", reward=[], **SAMPLED), ValueError, "reward is []", "leave it out for the usual"),
     (method("ppo", reward=[], **SAMPLED), ValueError, "reward is []", "leave it out for the usual"),
     (method("ppo", reward=5, **SAMPLED), TypeError, "reward_funcs[0] is a int", "a function or the folder"),
     (method("ppo", reward="@nowhere", **SAMPLED), FileNotFoundError, "no adapter", "nowhere is no folder"),
-    (method("ppo", reward="@good", **SAMPLED), ValueError, "good/adapter_config.json", "no reward model's, which is SEQ_CLS"),
+    (method("ppo", reward="@good", **SAMPLED), ValueError, "good/adapter_config.json",
+     "no reward model's, which is SEQ_CLS"),
     (method("ppo", reward="@bad/reward-nan", **SAMPLED), ValueError, "reward-nan/adapter_model.safetensors", "NaN"),
-    (method("grpo", reward_weights={}, **SAMPLED), ValueError, "Number of reward weights (0) must match", "reward functions (2)"),
-    (method("grpo", reward_weights=[], **SAMPLED), ValueError, "Number of reward weights (0) must match", "reward functions (2)"),
+    (method("grpo", reward_weights={}, **SAMPLED), ValueError, "Number of reward weights (0) must match",
+     "reward functions (2)"),
+    (method("grpo", reward_weights=[], **SAMPLED), ValueError, "Number of reward weights (0) must match",
+     "reward functions (2)"),
     (method("grpo", reward_weights=[1.0], **SAMPLED), ValueError, "reward weights (1)", "reward functions (2)"),
-    (method("ppo", reward=says(1.0), reward_weights=[1.0, 2.0], **SAMPLED), ValueError, "reward_weights is [1.0, 2.0]", "['mine']"),
-    (method("ppo", reward=says(1.0), reward_weights=[], **SAMPLED), ValueError, "reward_weights is []", "a number for each reward"),
-    (method("grpo", reward_weights=[1.0, math.nan], **SAMPLED), ValueError, "reward_weights is [1.0, nan]", "finite numbers"),
-    (method("grpo", reward=says(math.nan), **SAMPLED), rewards.RewardError, "'mine' returned nan for completion 0", "a finite number"),
-    (method("grpo", reward=says(1.0, math.inf), **SAMPLED), rewards.RewardError, "'mine' returned inf for completion 1"),
-    (method("grpo", reward=says(None), **SAMPLED), rewards.RewardError, "no reward judged the completion", "Let one of them judge all"),
+    (method("ppo", reward=says(1.0), reward_weights=[1.0, 2.0], **SAMPLED), ValueError,
+     "reward_weights is [1.0, 2.0]", "['mine']"),
+    (method("ppo", reward=says(1.0), reward_weights=[], **SAMPLED), ValueError, "reward_weights is []",
+     "a number for each reward"),
+    (method("grpo", reward_weights=[1.0, math.nan], **SAMPLED), ValueError, "reward_weights is [1.0, nan]",
+     "finite numbers"),
+    (method("grpo", reward=says(math.nan), **SAMPLED), rewards.RewardError, "'mine' returned nan for completion 0",
+     "a finite number"),
+    (method("grpo", reward=says(1.0, math.inf), **SAMPLED), rewards.RewardError,
+     "'mine' returned inf for completion 1"),
+    (method("grpo", reward=says(None), **SAMPLED), rewards.RewardError, "no reward judged the completion",
+     "Let one of them judge all"),
     (method("rloo", reward=says("1"), **SAMPLED), rewards.RewardError, "'mine' returned '1' for completion 0"),
     (method("ppo", reward=says(math.nan), **SAMPLED), rewards.RewardError, "'mine' returned nan for completion 0"),
-    (method("grpo", reward=lambda prompts, completions: [1.0], **SAMPLED), ValueError, "is passed", "give it **kwargs"),
-    (method("grpo", reward=lambda completions, level, **_: [1.0], **SAMPLED), ValueError, "asks for level", "the data set has"),
+    (method("grpo", reward=lambda prompts, completions: [1.0], **SAMPLED), ValueError, "is passed",
+     "give it **kwargs"),
+    (method("grpo", reward=lambda completions, level, **_: [1.0], **SAMPLED), ValueError, "asks for level",
+     "the data set has"),
     (method("sft", max_steps=0), ValueError, "max_steps is 0", "1 or more"),
     (method("sft", max_steps=-5), ValueError, "max_steps is -5", "1 or more"),
     (method("sft", learning_rate=0.0), ValueError, "learning_rate is 0.0", "at least 1e-12"),
@@ -123,17 +138,22 @@ SAMPLED = {"data": PROMPTS, "per_device_train_batch_size": 8}
     (method("grpo", num_generations=1, **SAMPLED), ValueError, "at least 2 generations per prompt"),
     (method("grpo", num_generations=3, **SAMPLED), ValueError, "num_generations", "3"),
     (method("grpo", temperature=0.0, **SAMPLED), ValueError, "temperature is 0.0", "at least 1e-06"),
-    (method("grpo", max_completion_length=0, **SAMPLED), ValueError, "`max_new_tokens` must be greater than 0, but is 0"),
-    (method("grpo", max_completion_length=4000, **SAMPLED), ValueError, "tokens in a row", "lower max_completion_length"),
+    (method("grpo", max_completion_length=0, **SAMPLED), ValueError,
+     "`max_new_tokens` must be greater than 0, but is 0"),
+    (method("grpo", max_completion_length=4000, **SAMPLED), ValueError, "tokens in a row",
+     "lower max_completion_length"),
     (method("grpo", top_p=0.5, **SAMPLED), ValueError, "takes top_p=1.0 only", "leave rollout_func out"),
-    (method("orpo", start="base", lora=LoRA(rank=128)), ValueError, "rank 128 is above max_lora_rank 64", "lower the rank"),
-    (method("orpo", start="base", lora=LoRA(rank=16), max_lora_rank=8), ValueError, "rank 16 is above max_lora_rank 8"),
+    (method("orpo", start="base", lora=LoRA(rank=128)), ValueError, "rank 128 is above max_lora_rank 64",
+     "lower the rank"),
+    (method("orpo", start="base", lora=LoRA(rank=16), max_lora_rank=8), ValueError,
+     "rank 16 is above max_lora_rank 8"),
     (method("orpo", start="base", lora=LoRA(targets=("wq",))), ValueError, "no linear layer wq", "q_proj"),
     (method("dpo", start="@good", max_lora_rank=2), ValueError, "rank 4 is above max_lora_rank 2"),
     (method("dpo", start="@nowhere"), FileNotFoundError, "no adapter", "nowhere is no folder"),
     (method("dpo", start="@bad"), FileNotFoundError, "is not an adapter: there is no adapter_config.json"),
     (method("dpo", start=5), ValueError, "lora is 5", "an adapter's folder"),
-    (method("dpo", start="@bad/reward"), ValueError, "task_type is 'SEQ_CLS'", "a reward model's: give it where rewards go"),
+    (method("dpo", start="@bad/reward"), ValueError, "task_type is 'SEQ_CLS'",
+     "a reward model's: give it where rewards go"),
     (method("ppo", start="@bad/reward", reward=says(1.0), **SAMPLED), ValueError, "task_type is 'SEQ_CLS'"),
     (method("kto", start="@bad/nan"), ValueError, "nan/adapter_model.safetensors", "holds NaN or infinity"),
     (method("grpo", start="@bad/alpha-zero"), ValueError, "alpha-zero/adapter_config.json: LoRA alpha is 0"),
@@ -141,11 +161,14 @@ SAMPLED = {"data": PROMPTS, "per_device_train_batch_size": 8}
     (method("dpo", start="@bad/pissa"), ValueError, "pissa/adapter_config.json", "rewrites the base's weights"),
     (method("dpo", start="@bad/cut"), ValueError, "cut/adapter_model.safetensors is not whole"),
     (lambda house: train("dpo", start=newest("failed")), FileNotFoundError, "adapter is no folder"),
-    (lambda house: train("dpo", start=house / "good", resume="gone"), FileNotFoundError, "no run 'gone'", "the newest are"),
-    (lambda house: train("dpo", start=house / "good", resume=newest("done")), ValueError, "has no checkpoint to go on from"),
+    (lambda house: train("dpo", start=house / "good", resume="gone"), FileNotFoundError, "no run 'gone'",
+     "the newest are"),
+    (lambda house: train("dpo", start=house / "good", resume=newest("done")), ValueError,
+     "has no checkpoint to go on from"),
     (lambda house: methods.resume("gone", "dpo"), FileNotFoundError, "no run 'gone'", "the newest are"),
     (lambda house: methods.resume(newest("done").id, "dpo"), ValueError, "is done, of dpo", "no dpo to go on with"),
-    (lambda house: methods.resume(runs.find(status="failed")[-1].id, "grpo"), ValueError, "is failed, of dpo", "no grpo to go on with"),
+    (lambda house: methods.resume(runs.find(status="failed")[-1].id, "grpo"), ValueError, "is failed, of dpo",
+     "no grpo to go on with"),
     (lambda house: recipe("dqn"), ValueError, "no recipe for 'dqn'", "there are sft"),
     (under(RLNB_MODEL="no-such-model"), FileNotFoundError, "no model 'no-such-model'", "data/ has abacus-3m"),
     (under(RLNB_PROFILE="fast"), ValueError, "RLNB_PROFILE is 'fast'", "cpu, gpu, smoke"),
@@ -200,76 +223,26 @@ def fitted(change=None, name="sft", **given):
     (config(temperature=0), ValueError, "temperature is 0", "from 1e-06"),
     (config(max_completion_length=0), ValueError, "max_completion_length is 0", "at least 1"),
     (config(num_ppo_epochs=1.5), ValueError, "num_ppo_epochs is 1.5", "a whole number"),
-    (config(num_mini_batches=3), ValueError, "num_mini_batches is 3, which does not divide the 8 rollouts", "change one"),
+    (config(num_mini_batches=3), ValueError, "num_mini_batches is 3, which does not divide the 8 rollouts",
+     "change one"),
     (config(value_learning_rate=None), ValueError, "value_learning_rate is None", "a number from 0"),
     (ppo(data=PROMPTS.select(range(2))), ValueError, "train_dataset has", "2 rows", "a step takes 4 rows"),
-    (ppo(data=DEMOS.remove_columns("prompt")), ValueError, "train_dataset has the columns ['completion']", "a column 'prompt'"),
+    (ppo(data=DEMOS.remove_columns("prompt")), ValueError, "train_dataset has the columns ['completion']",
+     "a column 'prompt'"),
     (ppo(reward=[]), ValueError, "reward_funcs has the names []", "at least one"),
-    (ppo(reward=[says(1.0), says(2.0)]), ValueError, "reward_funcs has the names ['mine', 'mine']", "a name of its own"),
+    (ppo(reward=[says(1.0), says(2.0)]), ValueError, "reward_funcs has the names ['mine', 'mine']",
+     "a name of its own"),
     (ppo(reward="no/folder"), FileNotFoundError, "no adapter 'no/folder'"),
     (ppo(reward=[5]), TypeError, "reward_funcs[0] is a int", "a function or the folder of a reward adapter"),
-    (ppo(reward_weights=[1.0, 2.0]), ValueError, "reward_weights is [1.0, 2.0]", "a number for each reward, ['mine']"),
+    (ppo(reward_weights=[1.0, 2.0]), ValueError, "reward_weights is [1.0, 2.0]",
+     "a number for each reward, ['mine']"),
     (fitted(name="my sft"), ValueError, "method is 'my sft'", "letters, digits"),
     (fitted(lambda model: model.requires_grad_(False)), ValueError, "the adapter is frozen", "Load a saved one"),
     (fitted(lambda model: model.merge_adapter()), ValueError, "merged into the weights", "unmerge_adapter()"),
-    (fitted(lambda model: next(model.parameters()).data.fill_(math.nan)), ValueError, "embed_tokens", "NaN or infinity"),
+    (fitted(lambda model: next(model.parameters()).data.fill_(math.nan)), ValueError, "embed_tokens",
+     "NaN or infinity"),
     (fitted(resume="gone"), FileNotFoundError, "no run 'gone'", "the newest are"),
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
 def test_of_a_trainer(call, kind, words, house, policy):
     check(lambda: call(policy), kind, words, folder=house)
-
-
-# --- the command line ----------------------------------------------------------------------------
-
-LINES = {
-    "train dpo --set bta=1": "DPOConfig has no argument bta",
-    "train dpo --set beta": "--set beta: give NAME=VALUE, like beta=0.5",
-    "train dpo --set 2=3": "--set 2=3: give NAME=VALUE",
-    "train sft --set max_steps=0": "max_steps is 0",
-    "train sft --set learning_rate=-1": "learning_rate is -1",
-    "train sft --set max_steps=many": "SFTConfig: max_steps='many' is no number",
-    "train sft --rank 0": "LoRA rank is 0",
-    "train sft --rank 65": "LoRA rank 65 is above max_lora_rank 64",
-    "train sft --alpha 0": "LoRA alpha is 0",
-    "train sft --alpha nan": "LoRA alpha is nan",
-    "train sft --from sft": "sft starts from the base",
-    "train dpo --from no/such/folder": "no adapter 'no/such/folder'",
-    "train dpo --resume gone": "no run 'gone'",
-    "doctor gone": "no run 'gone'",
-    "run 99_gone": "no notebook 99_gone",
-    "test units": "no stage units; there are lint",
-    "compare --only PPO": "no method 'PPO'; there are 'base'",
-    "compare --only SFT --seeds 0": "seeds is 0",
-    "compare --only SFT --jobs 0": "jobs is 0",
-    "compare --only SFT --seeds -1": "seeds is -1",
-}
-WRONG = {  # argparse's own
-    "": "required: command", "trian": "invalid choice: 'trian'", "train": "required: method",
-    "train dqn": "invalid choice: 'dqn'", "train sft --rank four": "invalid int value: 'four'",
-    "train sft --seed 1.5": "invalid int value: '1.5'", "train sft --alpha big": "invalid float value: 'big'",
-    "train sft --lora 3": "unrecognized arguments: --lora 3", "run --profile fast": "invalid choice: 'fast'",
-    "compare --jobs two": "invalid int value: 'two'", "pretrain --maturity old": "invalid choice: 'old'",
-    "setup --kind amd": "invalid choice: 'amd'", "doctor a b": "unrecognized arguments: b",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("line", LINES)
-@pytest.mark.filterwarnings("ignore")
-def test_of_a_command(line, house, capsys):
-    status = __main__.main(line.split())
-    told = [text for text in capsys.readouterr().err.splitlines() if text.startswith(("error", "Traceback"))]
-    assert (status, len(told)) == (2, 1) and LINES[line] in told[0], told
-    assert len(runs.find(status="done")) == 1
-
-
-@pytest.mark.parametrize("line", WRONG)
-def test_of_a_command_that_there_is_not(line, capsys):
-    with pytest.raises(SystemExit) as ended:
-        __main__.main(line.split())
-    told = capsys.readouterr().err
-    assert ended.value.code == 2 and WRONG[line] in told and "Traceback" not in told, told
-
-
-def test_the_shipped_problems_are_good():
-    assert len(problems.load("id")) == 1000
