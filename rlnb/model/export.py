@@ -12,8 +12,9 @@ import torch
 from rlnb import machine
 from rlnb.model import adapters, folders, sampling
 from rlnb.model.backends import quiet
-from rlnb.model.load import load_model
 from rlnb.model.lora import lora_layers
+
+from transformers import AutoModelForCausalLM
 
 # How far the logits may be off, relative to their own size. Rounding changes a weight by up to 2**-24, 2**-11
 # or 2**-8 of itself, and the layers add that up: right merges of trained and of random models were off by up
@@ -68,7 +69,8 @@ def _write_checked(model: Any, tokenizer: Any, folder: Path, prompts: Any, dtype
     # A CPU does not compute in float16; float32 holds the same weights.
     kind = "float32" if (dtype, model.device.type) == ("float16", "cpu") else dtype
     with quiet(bars=False):
-        written, _ = load_model(folder, dtype=kind)
+        # transformers' own: Unsloth would take its patches off every other model of this family.
+        written = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).to(model.device)
     _check_weights(model, written, dtype)
     expected, found = (_logits(each, tokenizer, prompts) for each in (model, written))
     difference = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()

@@ -60,6 +60,8 @@ def load_model(
         raise ValueError(f"load_in_4bit=True {says}: this is {kind}, and lora is {lora!r}")
     options = _options(kind, config, rank, max_lora_rank, fast_inference, max_seq_length, dtype, seed)
     options["load_in_4bit"] = load_in_4bit
+    if kind == "unsloth-gpu" and base_name(base) != PRACTICE:  # elsewhere it is time that is short, not memory
+        options["use_gradient_checkpointing"] = "unsloth"
     _check_layers(base, config)
     # 2. load
     with quiet(bars=not Path(base).is_dir()):
@@ -126,9 +128,7 @@ def _options(
     return {
         "max_seq_length": max_seq_length, "dtype": _dtype(dtype, kind, rank), "full_finetuning": rank is None,
         "fast_inference": fast_inference and _vllm_works(kind), "max_lora_rank": max_lora_rank,
-        "random_state": seed,
-        # On a CPU it is time that is short, not memory.
-        "use_gradient_checkpointing": "unsloth" if kind == "unsloth-gpu" else False,
+        "random_state": seed, "use_gradient_checkpointing": False,
     }  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def switched(model: Any) -> Iterator[None]:
         model.for_inference() if unsloth else model.eval()
         yield
     finally:
-        if unsloth and modes[0][1]:
+        if unsloth:
             model.for_training(use_gradient_checkpointing=next((on for _, on in checkpoints if on), False))
         for module, training in modes:
             module.training = training

@@ -240,7 +240,7 @@ def test_an_interrupted_export_leaves_the_old_one_whole(pair, tmp_path, monkeypa
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    for name in ("_model_card", "_check_weights", "load_model"):
+    for name in ("_model_card", "_check_weights", "_logits"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(export, name, interrupted)
             export.export_merged(model, tokenizer, folder, PROMPTS[:1])

@@ -83,7 +83,7 @@ def token_statistics(
     if len(target_N) <= size:
         found = [piece(x, target_N)]
     else:  # on a GPU Unsloth puts a function in checkpoint's place that has no use_reentrant=False
-        checkpoint = getattr(checkpointing, "_old_checkpoint", checkpointing.checkpoint)
+        checkpoint = getattr(checkpointing, "_unsloth_pristine_checkpoint", None) or checkpointing.checkpoint
         pieces = zip(x.split(size), target_N.split(size), strict=True)
         found = [checkpoint(piece, *each, use_reentrant=False) for each in pieces]
     return tuple(torch.cat(column) for column in zip(*found, strict=True))
