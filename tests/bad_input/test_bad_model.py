@@ -156,7 +156,7 @@ SAVED = (
 @pytest.mark.parametrize(("name", "kind", "words"), [pytest.param(n, k, w, id=n) for n, k, *w in (
     *SAVED,
     ("rank-wide", ValueError, "rank 128 is above max_lora_rank 64", "lower the rank"),
-    ("targets-gone", ValueError, "no linear layer wv, wq", "its layers are q_proj"),
+    ("targets-gone", ValueError, "no linear layer ", "wq", "wv", "its layers are q_proj"),
     ("targets-head", ValueError, "LoRA on lm_head is refused"),
 )])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*was trained on")
@@ -216,7 +216,6 @@ def test_an_adapter_of_another_base_is_told(house):
     (lambda model, house: save_adapter(model.get_base_model(), house / "new"), ValueError,
      "no adapter 'default': it has none"),
     (lambda model, house: save_adapter(model, house / "base/config.json"), FileExistsError, "config.json"),
-    (lambda model, house: save_adapter(model, ""), FileExistsError, "holds other files"),
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Adapter .* was active")
 def test_of_adapters_at_work(call, kind, words, house, model):
