@@ -55,7 +55,8 @@ def unpaired(rows: Iterable[Mapping[str, Any]]) -> "Dataset":
 
 
 def subset(problems: "Sequence | Dataset", n: int, seed: int = 0) -> "list | Dataset":
-    """n of the problems, or of a Dataset's rows; under one seed a larger subset begins with a smaller.
+    """n of the problems, or of a Dataset's rows; under one seed a larger subset begins with a smaller. Of rows with
+    an id one that comes or goes changes one row of the subset, and not the whole of it.
 
     Raises ValueError unless 1 <= n <= len(problems).
     """
@@ -63,7 +64,12 @@ def subset(problems: "Sequence | Dataset", n: int, seed: int = 0) -> "list | Dat
         raise ValueError(f"n={n!r} problems are asked for: 1 to {len(problems)} can be given")
     order = list(range(len(problems)))
     random.Random(seed).shuffle(order)
-    return problems.select(order[:n]) if hasattr(problems, "select") else [problems[i] for i in order[:n]]
+    if not hasattr(problems, "select"):
+        return [problems[i] for i in order[:n]]
+    if "id" in problems.column_names:
+        drawn = [random.Random(f"{seed}-{id}").random() for id in problems["id"]]
+        order.sort(key=lambda i: drawn[i])
+    return problems.select(order[:n])
 
 
 def read(source: str | Path, shape: str, split: str = "train", **options: Any) -> "Dataset":

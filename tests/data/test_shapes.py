@@ -257,3 +257,10 @@ def test_subsets_of_a_data_set(some):
     whole = shapes.prompts(some)
     few, more = shapes.subset(whole, 3, seed=2), shapes.subset(whole, 7, seed=2)
     assert few["id"][:] == more["id"][:3] == [p.id for p in shapes.subset(some, 3, seed=2)]
+
+
+def test_a_row_that_comes_changes_one_row_of_a_subset():
+    rows = [{"prompt": f"{i}?", "chosen": "a", "rejected": "b", "id": f"row-{i}"} for i in range(40)]
+    small, large = (shapes.subset(shapes.preference(some), 16, seed=3)["id"] for some in (rows[1:], rows))
+    assert len(set(small) ^ set(large)) in (0, 2)
+    assert small != shapes.subset(shapes.preference(rows[1:]), 16, seed=4)["id"]
