@@ -70,6 +70,10 @@ class ActorCriticTrainer(Trainer):
 
     # --- checkpoints -----------------------------------------------------------------------------
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._metrics.clear()  # of steps after the last log of an earlier call
+        return super().train(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Policy and reference in PEFT's format, or the full model; beside it the critic's head."""
         folder = Path(output_dir or self.args.output_dir)
