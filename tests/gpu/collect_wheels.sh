@@ -1,8 +1,9 @@
 #!/bin/sh
 # Collects the wheels that a device without a network lacks. In the root: tests/gpu/collect_wheels.sh FOLDER [pip's words]
 # For Python 3.12 on x86-64 Linux, with torch, transformers, accelerate, pyarrow, pandas, matplotlib and pytest there.
-# Versions are those of the python that is called, and of requirements-gpu.txt. What is still missing: add it here.
+# Versions are those of $PYTHON, default .venv's, and of requirements-gpu.txt. What is still missing: add it here.
 set -eu
+python=${PYTHON:-.venv/bin/python}
 folder=$1
 shift
 names="
@@ -17,8 +18,8 @@ mkdir -p "$folder"
 versions=$(mktemp)
 trap 'rm -f "$versions"' EXIT
 grep -E "^(msgspec|cut-cross-entropy|tyro|hf_transfer)==" requirements-gpu.txt >"$versions"
-python -m pip list --format=freeze | grep -v -e "^msgspec" -e "^tyro" -e "^hf" -e "+" >>"$versions"
-python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+$python -m pip list --format=freeze | grep -v -e "^msgspec" -e "^tyro" -e "^hf" -e "+" >>"$versions"
+$python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
     --platform manylinux_2_34_x86_64 --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -c "$versions" -d "$folder" "$@" $names
 du -ch "$folder"/*.whl | tail -n 1
