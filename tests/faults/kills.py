@@ -48,20 +48,22 @@ def record(folder: Path) -> tuple[str, dict]:
     return (files[-1].parent.name, json.loads(files[-1].read_text())) if files else ("", {})
 
 
-def whole(method: str) -> tuple[dict, float]:
-    """The weights of a training that nobody kills, and its seconds."""
+def newest(folder: Path) -> int:
+    """The step of the newest checkpoint, complete or not; 0 without one."""
+    return max((int(place.name[11:]) for place in folder.glob("*/checkpoint-*")), default=0)
+
+
+def whole(method: str) -> dict:
+    """The weights of a training that nobody kills."""
     with tempfile.TemporaryDirectory() as folder:
-        began = time.monotonic()
         process = start(Path(folder), method)
         _, said = process.communicate()
         if process.returncode:
             sys.exit(f"{method} fails by itself:\n{said[-3000:]}")
-        return load_file(Path(folder, record(Path(folder))[0], "adapter", "adapter_model.safetensors")), (
-            time.monotonic() - began
-        )
+        return load_file(Path(folder, record(Path(folder))[0], "adapter", "adapter_model.safetensors"))
 
 
-def killed(method: str, expected: dict, seconds: float, seed: int) -> str:
+def killed(method: str, expected: dict, seed: int) -> str:
     """Kills one training and lets it go on. "equal", "began again", or what is wrong."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
@@ -69,15 +71,16 @@ def killed(method: str, expected: dict, seconds: float, seed: int) -> str:
         process = start(folder, method)
         while not record(folder)[0] and process.poll() is None:  # its start is no training yet
             time.sleep(0.05)
-        sent, wait = rng.choice(SIGNALS), rng.uniform(0, 0.6 * seconds)
-        try:
-            process.wait(wait)
-        except subprocess.TimeoutExpired:
+        sent, step = rng.choice(SIGNALS), rng.randrange(STEPS)
+        while newest(folder) < step and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))  # anywhere in the step, also while a checkpoint is written
+        if process.poll() is None:
             process.send_signal(getattr(signal, sent))
         process.communicate()
-        id, _ = record(folder)
+        id, ended = record(folder)
         steps = [int(file.parent.name[11:]) for file in (folder / id).glob("checkpoint-*/trainer_state.json")]
-        done = (folder / id / "adapter").is_dir() and not process.returncode
+        done = ended["status"] == "done"  # killed, if at all, after that
         if not done:
             process = start(folder, method, id if steps else None)
             _, said = process.communicate()
@@ -97,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     with ThreadPoolExecutor(options.jobs) as pool:
         known = dict(zip(options.methods, pool.map(whole, options.methods), strict=True))
-        tasks = [(method, *known[method], seed) for seed in range(options.kills)
+        tasks = [(method, known[method], seed) for seed in range(options.kills)
                  for method in [options.methods[seed % len(options.methods)]]]  # fmt: skip
         outcomes = []
         for task, outcome in zip(tasks, pool.map(lambda task: killed(*task), tasks), strict=True):
