@@ -445,14 +445,11 @@ def test_rollout_in_grpo(tmp_path):
         sampling.rollout(CHAT, trainer)
 
 
-def test_what_a_model_was_loaded_for_is_a_limit_too(adapted):
-    (model, tokenizer), before = adapted, adapted[0].max_seq_length
-    model.max_seq_length = 16
-    try:
-        with pytest.raises(ValueError, match="but the model has 16 positions"):
-            sampling.sample(model, tokenizer, ["1 + 1 ="], max_new_tokens=16)
-    finally:
-        model.max_seq_length = before
+def test_what_a_model_was_loaded_for_is_a_limit_too(adapted, monkeypatch):
+    model, tokenizer = adapted
+    monkeypatch.setattr(model, "max_seq_length", 16, raising=False)
+    with pytest.raises(ValueError, match="but the model has 16 positions"):
+        sampling.sample(model, tokenizer, ["1 + 1 ="], max_new_tokens=16)
 
 
 def test_switching_to_inference_leaves_checkpointing_as_it_was(adapted):
