@@ -18,7 +18,7 @@ def here(**more):
 
 def test_the_command_looks_at_everything_and_finds_that_it_works():
     done = subprocess.run(DOCTOR, capture_output=True, text=True, env=here(), timeout=300)
-    lines = done.stdout.splitlines()
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("Unsloth is not installed")]
     assert [line.split()[1] for line in lines] == [look.__name__ for look in check_machine.LOOKS]
     assert done.returncode == 0 and "PROBLEM" not in done.stdout
 
