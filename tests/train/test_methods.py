@@ -17,8 +17,7 @@ from rlnb.task.rewards import RewardError
 from rlnb.tools.setup import ROOT
 from rlnb.train import methods, recipes
 from rlnb.train.methods import find, find_or_train_sft, gold_pairs, train
-
-from transformers import TrainerCallback
+from tests.train.breaks import BreakAt
 
 
 @pytest.fixture(autouse=True)
@@ -78,15 +77,6 @@ def test_the_command_line_goes_on_with_a_run_as_it_was_begun(method):
     assert again.config == broken.config and [r["step"] for r in again.curve() if "loss" in r] == [1, 2, 3]
     with pytest.raises(ValueError, match=rf"is done, of {method}: there is no {method} to go on with"):
         methods.resume(broken.id, method)
-
-
-class BreakAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise RuntimeError("the machine is gone")
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo", "ppo"])

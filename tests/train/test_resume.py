@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from rlnb.model import LoRA
 from rlnb.record import runs
 from rlnb.train import loop, methods, train
+from tests.train.breaks import BreakAt
 
 from transformers import TrainerCallback
 
@@ -27,15 +28,6 @@ def one_thread(monkeypatch, tmp_path):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class BreakAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise RuntimeError("the machine is gone")
 
 
 def weights(run):
