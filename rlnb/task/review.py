@@ -49,7 +49,9 @@ def score(text: str, row: Mapping[str, Any]) -> float:
     return 0.0 if found is None else ((found["defect"] == row["defect"]) + (found["line"] == row["line"])) / 2
 
 
-def findings(completions: Sequence[Completion], defect: Sequence[str], line: Sequence[int], **columns: Any) -> list[float]:
+def findings(
+    completions: Sequence[Completion], defect: Sequence[str], line: Sequence[int], **columns: Any
+) -> list[float]:
     """Reward in TRL's form: ``score``. Reads the columns defect and line."""
     rows = ({"defect": kind, "line": number} for kind, number in zip(defect, line, strict=True))
     return [score(text_of(done), row) for done, row in zip(completions, rows, strict=True)]

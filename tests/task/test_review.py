@@ -79,9 +79,10 @@ def test_answers_are_graded_by_halves():
 
 
 @pytest.mark.parametrize("text", [
-    "", "3", "null", "[]", '{"defect":"none"}', '{"defect":"none","line":0} ok', '{"defect":"none","line":true}', '{"defect":"none","line":0.0}',
-    '{"defect":"none","line":"0"}', '{"defect":"None","line":0}', '{"defect":["none"],"line":0}', '{"defect":"none","line":NaN}',
-    '{"defect":"none","line":0,"line":1}', '{"defect":"none","line":0,"why":""}', "[" * 1999, "x" * 10_000_000, '{"defect":"\\ud800","line":0}',
+    "", "3", "null", "[]", '{"defect":"none"}', '{"defect":"none","line":0} ok', '{"defect":"none","line":true}',
+    '{"defect":"none","line":0.0}', '{"defect":"none","line":"0"}', '{"defect":"None","line":0}',
+    '{"defect":["none"],"line":0}', '{"defect":"none","line":NaN}', '{"defect":"none","line":0,"line":1}',
+    '{"defect":"none","line":0,"why":""}', "[" * 1999, "x" * 10_000_000, '{"defect":"\\ud800","line":0}',
 ])  # fmt: skip
 def test_no_other_text_parses(text):
     found, why = V.parse(text)

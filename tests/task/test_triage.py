@@ -34,7 +34,10 @@ def test_files_come_out_byte_for_byte_and_are_small(tmp_path):
 
 
 def test_splits_share_no_customer_no_message_and_no_number():
-    for column in (lambda r: {r["customer"]}, lambda r: {message(r).lower()}, lambda r: set(re.findall(r"\d{5}", message(r)))):
+    def numbers(row):
+        return set(re.findall(r"\d{5}", message(row)))
+
+    for column in (lambda r: {r["customer"]}, lambda r: {message(r).lower()}, numbers):
         seen = {split: set().union(*map(column, rows)) for split, rows in ROWS.items()}
         assert not seen["train"] & seen["validation"] and not (seen["train"] | seen["validation"]) & seen["test"]
     assert len({message(row) for row in ALL}) == len(ALL)
@@ -81,7 +84,7 @@ def test_there_are_many_wordings_and_rows_of_every_sort():
 
 
 def test_prompts_are_short():
-    """3.5 characters or more are one token; digits are one each. With the model's tokenizer: mean 114, most 150."""
+    """3.5 characters or more are one token; digits are one each. With the model's tokenizer: mean 112, most 159."""
     lengths = [len(T.SYSTEM + row["prompt"]) for row in ALL]
     assert sum(lengths) / len(lengths) < 500 and max(lengths) < 680
     assert max(len(row["completion"]) for row in ALL) < 190
@@ -100,8 +103,9 @@ def test_what_is_needed_for_the_answer_stands_in_the_message():
                 assert value is not None
             if value is not None:
                 assert re.search(rf"\b({value}|{value // 7} weeks)\b", text) and value != limit, row
-        if policy.intent[0] in ("late", "cheap"):
-            assert policy.intent[1] not in (facts.days, facts.price)
+        rule, value = policy.intent
+        assert rule != "late" or facts.intent != "refund" or facts.days not in (None, value)
+        assert rule != "cheap" or facts.intent != "repair" or facts.price not in (None, value)
         assert (facts.second is not None) == (policy.intent[0] == "two")
         assert (policy.intent[0] == "shipped" and facts.intent == "cancel") == (facts.shipped is not None)
         assert yes != no and str(policy) == row["prompt"].split("\n")[0]
@@ -115,8 +119,11 @@ def test_policy_by_hand():
     assert M.gold(replace(facts, intent="exchange", price=20), late) == ("exchange", "high")
     two = M.Policy(("gold", None, "high", "normal"), ("two", "last"))
     assert M.gold(replace(facts, second="invoice", gold=True), two) == ("invoice", "high")
-    assert M.gold(replace(facts, second="invoice", gold=False), M.Policy(two.urgency, ("two", "first"))) == ("refund", "normal")
-    assert M.gold(replace(facts, intent="repair"), M.Policy(("leaving", 4, "low", "high"), ("cheap", 100))) == ("exchange", "high")
+    two = replace(two, intent=("two", "first"))
+    assert M.gold(replace(facts, second="invoice", gold=False), two) == ("refund", "normal")
+    cheap = M.Policy(("leaving", 4, "low", "high"), ("cheap", 100))
+    assert M.gold(replace(facts, intent="repair"), cheap) == ("exchange", "high")
+    assert M.gold(replace(facts, intent="repair", price=120, leaving=3), cheap) == ("repair", "low")
     shipped = M.Policy(("product", "kettle", "low", "normal"), ("shipped", None))
     assert M.gold(replace(facts, intent="cancel", shipped=True), shipped) == ("refund", "low")
     assert M.gold(replace(facts, intent="cancel", shipped=False), shipped) == ("cancel", "low")
@@ -125,8 +132,8 @@ def test_policy_by_hand():
 
 
 def test_the_policy_matters():
-    """Another policy flips the intent of a fifth of the rows or more, and the urgency of a third or more even if the
-    two levels stay and only the limit or the side that counts changes.
+    """Another policy flips the intent of a fifth of the rows or more, the urgency of every row (the two levels change
+    places), and that of some rows if only the limit changes.
     """
     opposite = {"first": "last", "last": "first", "refund": "repair", "repair": "refund"}
     intents = urgencies = 0
@@ -138,6 +145,7 @@ def test_the_policy_matters():
         assert M.gold(facts, replace(policy, urgency=(name, limit, no, yes)))[1] != row["urgency"]
         moved = {"days": 90 - (limit or 0) if name == "days" else 0, "price": 400, "leaving": 0}.get(name)
         urgencies += M.gold(facts, replace(policy, urgency=(name, moved, yes, no)))[1] != row["urgency"]
+    print(f"\nanother rule flips the intent of {intents}, another limit the urgency of {urgencies} of {len(MADE)}")
     assert intents / len(MADE) > 0.2 and urgencies / len(MADE) > 0.1, (intents, urgencies)
 
 
@@ -187,18 +195,22 @@ def test_order_and_spacing_of_the_json_do_not_matter():
 
 
 BAD = {
-    "empty": "", "prose": "Sure! " + json.dumps(GOOD), "after": json.dumps(GOOD) + " Done.", "two": json.dumps(GOOD) * 2,
+    "empty": "", "prose": "Sure! " + json.dumps(GOOD), "after": json.dumps(GOOD) + " Done.",
+    "two": json.dumps(GOOD) * 2,
     "fenced": f"```json\n{json.dumps(GOOD)}\n```", "list": f"[{json.dumps(GOOD)}]", "text": '"refund"', "null": "null",
     "cut": json.dumps(GOOD)[:-1], "missing": json.dumps({k: v for k, v in GOOD.items() if k != "order"}),
     "more": json.dumps({**GOOD, "note": 1}), "intent": json.dumps({**GOOD, "intent": "Refund"}),
     "unhashable": json.dumps({**GOOD, "intent": ["refund"]}), "null intent": json.dumps({**GOOD, "intent": None}),
     "number": json.dumps({**GOOD, "order": 48312}), "short": json.dumps({**GOOD, "order": "4831"}),
-    "other digits": json.dumps({**GOOD, "order": "４８３１２"}), "newline": json.dumps({**GOOD, "order": "48312\n"}),
+    "other digits": json.dumps({**GOOD, "order": "\uff14\uff18\uff13\uff11\uff12"}),
+    "newline": json.dumps({**GOOD, "order": "48312\n"}),
     "true": json.dumps({**GOOD, "product": True}), "NaN": json.dumps(GOOD).replace('"kettle"', "NaN"),
     "infinity": json.dumps(GOOD).replace('"kettle"', "-Infinity"), "blank reply": json.dumps({**GOOD, "reply": " "}),
-    "twice": json.dumps(GOOD)[:-1] + ', "intent": "repair"}', "surrogate": json.dumps({**GOOD, "reply": "\ud800 thanks"}),
+    "twice": json.dumps(GOOD)[:-1] + ', "intent": "repair"}',
+    "surrogate": json.dumps({**GOOD, "reply": "\ud800 thanks"}),
     "raw surrogate": json.dumps(GOOD).replace("Thank", "\udc80"), "nested": "[" * 1999, "nested object": '{"a":' * 399,
-    "huge": json.dumps({**GOOD, "reply": "x" * 5_000_000}), "huge number": "9" * 1900, "BOM": "\ufeff" + json.dumps(GOOD),
+    "huge": json.dumps({**GOOD, "reply": "x" * 5_000_000}), "huge number": "9" * 1900,
+    "BOM": "\ufeff" + json.dumps(GOOD),
     "nul": "\0" + json.dumps(GOOD), "single quotes": str(GOOD), "nested twice": '{"reply": {"a": 1, "a": 2}}',
 }  # fmt: skip
 
@@ -232,7 +244,7 @@ def test_tone_by_hand():
     assert T.tone("We are checking order 48312 for you.", row) == 0.8
     assert T.tone("Thanks. We are checking. Order 48312 is fine.", row) == 0.8
     assert T.tone("", row) == 0.4
-    assert T.tone("a. " * 1_000_000, row) < 0.5
+    assert T.tone("a. " * 200_000, row) < 0.5
     nothing = {"order": None, "product": None}
     assert T.tone("Thank you, please send us the order number.", nothing) == 1.0
     assert T.tone("Thank you, we are checking order 48312.", nothing) == 0.8
@@ -243,7 +255,8 @@ def test_rewards_take_what_trainers_give():
     columns = {name: [row[name] for row in rows] for name in (*T.FIELDS, "shown")}
     said = [[{"role": "assistant", "content": row["completion"]}] for row in rows[:3]] + ["no"]
     for reward in (T.schema, T.fields, T.tone_reward):
-        assert reward(prompts=[None] * 4, completions=said, completion_ids=[], trainer_state=None, **columns) == [1, 1, 1, 0]
+        values = reward(prompts=[None] * 4, completions=said, completion_ids=[], trainer_state=None, **columns)
+        assert values == [1, 1, 1, 0]
     with pytest.raises(ValueError, match="lacks the columns product"):
         T.fields(completions=said, intent=[], order=[], urgency=[])
 
@@ -251,8 +264,10 @@ def test_rewards_take_what_trainers_give():
 # --- how far keywords get ------------------------------------------------------------------------
 
 KEYWORDS = {
-    "complaint": ("complain", "rude", "badly"), "refund": ("refund", "money back", "return"), "cancel": ("cancel", "don't send", "stop the order"),
-    "exchange": ("exchange", "swap", "replace"), "repair": ("repair", "fix", "broken", "mend"), "invoice": ("invoice", "receipt", "bill"),
+    "complaint": ("complain", "rude", "badly"), "refund": ("refund", "money back", "return"),
+    "cancel": ("cancel", "don't send", "stop the order"),
+    "exchange": ("exchange", "swap", "replace"), "repair": ("repair", "fix", "broken", "mend"),
+    "invoice": ("invoice", "receipt", "bill"),
     "address": ("address", "street", "deliver it to"), "tracking": ("where is", "when will", "arrive", "waiting"),
 }  # fmt: skip
 ANGRY = ("!", "fed up", "silly", "upset", "hurry")
@@ -277,7 +292,8 @@ def test_keywords_leave_room():
         right = [T.by_field(T.render(keywords(row), "Thank you."), row) for row in rows]
         share = {name: sum(fields[name] for fields in right) / len(rows) for name in T.FIELDS}
         most = {name: Counter(row[name] for row in rows).most_common(1)[0][1] / len(rows) for name in T.FIELDS}
-        print(f"\nshown={shown}: keywords {share}, all four {sum(all(f.values()) for f in right) / len(rows)}, majority {most}")
+        whole = sum(all(fields.values()) for fields in right) / len(rows)
+        print(f"\nshown={shown}: keywords {share}, all four {whole}, majority {most}")
         mean = sum(share.values()) / len(share)
         assert (0.4 < mean < 0.8) if shown else (0.2 < mean < 0.6), share
         assert max(share.values()) < 0.9
