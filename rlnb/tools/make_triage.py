@@ -118,7 +118,7 @@ def _tell(facts: Facts, order: str, pool: str, rng: random.Random) -> str:
         said = [" ".join(said)]  # nothing comes between them
     more = [order]
     days = facts.days
-    for name, value in (("weeks", days // 7) if days and days % 7 == 0 else ("days", days), ("price", facts.price),
+    for name, value in (("weeks", days // 7) if days and days > 7 and days % 7 == 0 else ("days", days), ("price", facts.price),
                         ("leaving", facts.leaving)):  # fmt: skip
         if value is not None:
             more.append(rng.choice(WORDS["fact"][name][pool]).format(**{name: value}))
