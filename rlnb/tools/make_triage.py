@@ -117,9 +117,9 @@ def _tell(facts: Facts, order: str, pool: str, rng: random.Random) -> str:
         said.append(rng.choice(WORDS["pairs"]["joiners"]) + further)
         said = [" ".join(said)]  # nothing comes between them
     more = [order]
-    days = facts.days
-    for name, value in (("weeks", days // 7) if days and days > 7 and days % 7 == 0 else ("days", days), ("price", facts.price),
-                        ("leaving", facts.leaving)):  # fmt: skip
+    in_weeks = facts.days and facts.days > 7 and facts.days % 7 == 0
+    ago = ("weeks", facts.days // 7) if in_weeks else ("days", facts.days)
+    for name, value in (ago, ("price", facts.price), ("leaving", facts.leaving)):
         if value is not None:
             more.append(rng.choice(WORDS["fact"][name][pool]).format(**{name: value}))
     for yes, no, value in (("gold", "plain", facts.gold), ("shipped", "waiting", facts.shipped)):
