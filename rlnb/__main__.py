@@ -114,6 +114,7 @@ def _makers(command: Callable) -> None:
     add = command("data", _data, "write data/problems/ anew")
     add("--preferences", action="store_true", help="data/preferences/ too: samples an SFT model")
     add("--reward-model", action="store_true", help="data/reward-model/ too: trains it, four minutes")
+    add("--triage", action="store_true", help="data/triage/ and data/review/ only: the tasks of the real model")
 
 
 def _setup(arguments, rest) -> int:
@@ -181,6 +182,12 @@ def _setting(text: str) -> tuple[str, object]:
 def _data(arguments, rest) -> int:
     from rlnb.task import problems
 
+    if arguments.triage:
+        from rlnb.tools import make_review, make_triage
+
+        make_triage.write_data()
+        make_review.write_data()
+        return 0
     problems.write_data()
     if arguments.preferences or arguments.reward_model:
         from rlnb.data import preferences
