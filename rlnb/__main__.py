@@ -20,7 +20,7 @@ from rlnb.tools.setup import ROOT
 METHODS = ("sft", "reward_model", "ppo", "rloo", "dpo", "kto", "orpo", "grpo")  # of rlnb.train, but light
 # What `test` runs, python -m before each; PLAIN is the Python of the other environment, HTML a folder.
 STAGES = {
-    "lint": ["ruff check rlnb tests notebooks"],
+    "lint": ["ruff check rlnb tests data notebooks"],
     "unit": ["pytest -n 2 --dist loadfile tests"],
     "notebooks": ["pytest -p no:python --nbval-lax --nbval-current-env -n 2 --dist loadfile notebooks"],
     "learning": ["rlnb run --out HTML", "pytest -s tests/learning"],
@@ -114,7 +114,6 @@ def _makers(command: Callable) -> None:
     add = command("data", _data, "write data/problems/ anew")
     add("--preferences", action="store_true", help="data/preferences/ too: samples an SFT model")
     add("--reward-model", action="store_true", help="data/reward-model/ too: trains it, four minutes")
-    add("--triage", action="store_true", help="data/triage/ and data/review/ only: the tasks of the real model")
 
 
 def _setup(arguments, rest) -> int:
@@ -182,12 +181,6 @@ def _setting(text: str) -> tuple[str, object]:
 def _data(arguments, rest) -> int:
     from rlnb.task import problems
 
-    if arguments.triage:
-        from rlnb.tools import make_review, make_triage
-
-        make_triage.write_data()
-        make_review.write_data()
-        return 0
     problems.write_data()
     if arguments.preferences or arguments.reward_model:
         from rlnb.data import preferences

@@ -1,7 +1,7 @@
 """A second task of the real model: a short diff of Python becomes ``{"defect": KIND, "line": N}``.
 
 N counts the lines under the @@ line from 1; of code without a defect it is 0. The rows are in data/review, by
-``rlnb.tools.make_review``.
+``python -m data.review.make``.
 """
 
 from collections.abc import Mapping, Sequence

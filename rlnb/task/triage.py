@@ -3,7 +3,7 @@
     {"intent":"refund","order":"48312","urgency":"high","product":"grinder","reply":"Thank you, we ..."}
 
 The first four fields are right or wrong, and the policy decides some of them; the reply has a tone, which
-``tone`` grades. The rows are in data/triage, by ``rlnb.tools.make_triage``.
+``tone`` grades. The rows are in data/triage, by ``python -m data.triage.make``.
 """
 
 import json

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from rlnb.task import review as V
-from rlnb.tools import make_review as M
+from data.review import make as M
 
 ROWS = {split: V.load(split) for split in V.SPLITS}
 ALL = [row for rows in ROWS.values() for row in rows]

@@ -10,7 +10,7 @@ from itertools import chain
 import pytest
 
 from rlnb.task import triage as T
-from rlnb.tools import make_triage as M
+from data.triage import make as M
 
 ROWS = {split: T.load(split) for split in T.SPLITS}
 ALL = list(chain.from_iterable(ROWS.values()))

@@ -1,4 +1,4 @@
-"""Makes data/triage: customers' messages under a line of policy, with the fields that follow from both.
+"""Customers' messages under a line of policy, and the fields that follow: python -m data.triage.make
 
 The words are in data/triage/words.toml. A message is drawn from facts (what is asked for, which order, how long
 ago, ...); ``gold`` derives intent and urgency from the facts and the policy, as a careful reader would.
@@ -212,3 +212,7 @@ def write_data(folder: Path = DATA) -> None:
     for split in SPLITS:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row, _, _ in rows(split))
         files.write(folder / f"{split}.jsonl", text)
+
+
+if __name__ == "__main__":
+    write_data()

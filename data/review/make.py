@@ -1,4 +1,4 @@
-"""Makes data/review: small correct functions as diffs, most of them with one known defect put in.
+"""Small correct functions as diffs, most with one known defect put in: python -m data.review.make
 
 The functions and the defects are in data/review/functions.toml.
 """
@@ -59,3 +59,7 @@ def write_data(folder: Path = DATA) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         files.write(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows(split)))
+
+
+if __name__ == "__main__":
+    write_data()
