@@ -1,4 +1,4 @@
-"""Files that are never seen half-written, and lines of JSON that say where they are wrong."""
+"""Files and folders that are never seen half-written, and lines of JSON that say where they are wrong."""
 
 import json
 import os
@@ -37,6 +37,7 @@ def replaced(folder: Path, files: Iterable[str]) -> Iterator[Path]:
     others = [f.name for f in folder.glob("*") if not any(fnmatch(f.name, pattern) for pattern in files)]
     if others:
         raise FileExistsError(f"{folder} holds other files ({', '.join(others)}): name another folder")
+    clear(folder)
     new, old = (folder.with_name(f".{folder.name}.{end}") for end in (os.getpid(), "old"))
     try:
         new.mkdir(parents=True)
@@ -50,6 +51,15 @@ def replaced(folder: Path, files: Iterable[str]) -> Iterator[Path]:
             old.replace(folder)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(new, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Remove what processes that were killed have left of a folder: .name.pid beside it."""
+    import psutil
+
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        if left.suffix[1:].isdigit() and not psutil.pid_exists(int(left.suffix[1:])):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def lines(path: Path) -> Iterator[tuple[str, Any]]:

@@ -44,7 +44,7 @@ def convert(file: Path, folder: Path) -> Path:
             raise ValueError(f"split.count is {about['split.count']}: it is one of several files, {way}")
         tokenizer = _tokenizer(file, about)
         model = _model(file, reader.tensors, about)
-    except (ValueError, KeyError, IndexError, NotImplementedError) as error:  # whatever the libraries say
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:  # whatever the libraries say
         says = f"{type(error).__name__}: {error}. Copy it again if it was cut off, or take the model in safetensors"
         raise ValueError(f"{file} cannot be converted: {says}") from error
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -87,6 +87,8 @@ def _tokenizer(file: Path, about: dict[str, Any]) -> PreTrainedTokenizerFast:
     for ours, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         if (token := about.get(f"{key}_token_id")) is not None:
             named[f"{ours}_token"] = about["tokens"][token]
+    if "eos_token" not in named:
+        raise ValueError("it has no tokenizer.ggml.eos_token_id, so no answer would end")
     if named.get("pad_token") in (None, named["eos_token"]):  # lengths are counted up to the first padding
         spare = [token for token in PAD_TOKENS if token in about["tokens"] and token != named["eos_token"]]
         named["pad_token"] = spare[0] if spare else None
