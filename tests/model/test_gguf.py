@@ -182,3 +182,9 @@ def test_a_model_in_the_models_folder_is_found_by_name(source, tmp_path, monkeyp
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert resolve(source.name) == str(source)
+
+
+def test_without_the_package_the_way_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="python -m rlnb setup"):
+        gguf.convert(tmp_path / "tiny.gguf", tmp_path / "tiny")
