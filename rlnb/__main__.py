@@ -14,11 +14,11 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlnb.profiles import FETCHED
 from rlnb.tools import setup as environments
 from rlnb.tools.setup import ROOT
 
 METHODS = ("sft", "reward_model", "ppo", "rloo", "dpo", "kto", "orpo", "grpo")  # of rlnb.train, but light
+FETCHED = ("smollm2-135m",)  # of rlnb.profiles
 # What `test` runs, python -m before each; PLAIN is the Python of the other environment, HTML a folder.
 STAGES = {
     "lint": ["ruff check rlnb tests notebooks"],

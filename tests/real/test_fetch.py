@@ -66,7 +66,7 @@ def run(*arguments, **environment):
 
 
 def test_the_names_are_known_on_both_floors():
-    assert tuple(fetch.SOURCES) == FETCHED
+    assert tuple(fetch.SOURCES) == FETCHED == __main__.FETCHED
 
 
 def test_the_weights_are_those_of_the_file(file, loaded):
