@@ -24,10 +24,7 @@ LEVELS = ("low", "normal", "high")
 PRODUCTS = ("kettle", "grinder", "lamp", "heater", "toaster", "blender",
             "tent", "backpack", "watch", "printer", "keyboard", "speaker")  # fmt: skip
 FIELDS = ("intent", "order", "urgency", "product")
-SYSTEM = (
-    f"Answer in JSON: intent ({' '.join(INTENTS)}), order or null, urgency ({' '.join(LEVELS)}), "
-    f"product ({' '.join(PRODUCTS)}) or null, one polite reply."
-)
+SYSTEM = "Answer in JSON: intent, order, urgency, product and one polite reply."
 MAX_CHARS = 2000  # a longer answer is wrong by definition
 WORDS = range(5, 16)  # in a good reply
 
