@@ -80,11 +80,3 @@ def line(row: Mapping[str, float], total: int) -> str:
 def shown(n: int, total: int) -> bool:
     """Whether the n-th of `total` rows gets a line: the first, the last, and some ten between."""
     return n == 1 or n >= total or n % max(1, total // 10) == 0
-
-
-def pace(rows: Rows) -> float:
-    """Seconds per step over the last twenty rows; the first row holds what is set up only once."""
-    if len(rows) < 2:
-        return rows[0]["seconds"] if rows else 0.0
-    first, last = rows[max(0, len(rows) - 20)], rows[-1]
-    return (last["seconds"] - first["seconds"]) / max(1, last["step"] - first["step"])

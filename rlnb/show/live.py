@@ -71,7 +71,7 @@ def curves_html(curves: Mapping[str, progress.Rows], colours: Sequence[str], tot
 def progress_html(rows: progress.Rows, total: int) -> str:
     """HTML: how far a training is, and how long it will still take at this pace."""
     step, spent = int(rows[-1]["step"]), rows[-1]["seconds"]
-    left = f", about {progress.pace(rows) * (total - step):.0f} s left" if step < total else ""
+    left = f", about {spent / step * (total - step):.0f} s left" if step < total else ""
     return (
         f"<progress value='{step}' max='{total}' style='width:200px;vertical-align:middle'></progress> "
         f"step {step} of {total}, {spent:.1f} s{left}"
