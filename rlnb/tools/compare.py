@@ -8,6 +8,7 @@ core of its own: its memory is its own, and what it learns is not changed by how
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -163,9 +164,7 @@ def counts(splits: Sequence[str], strict: Sequence[bool], tokens: Sequence[int])
 # --- what the rows say ---------------------------------------------------------------------------
 
 
-def read(path: Path = OUT) -> list[dict[str, Any]]:
-    """The rows that ship, or others."""
-    return experiments.read(path)
+read = partial(experiments.read, OUT)  # the rows that ship
 
 
 def shares(rows: Rows, name: str, split: str = "id") -> dict[int, float]:
