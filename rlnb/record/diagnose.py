@@ -72,7 +72,7 @@ def run(run: runs.Run | Iterable[Mapping[str, Any]]) -> Report:
     known = run if isinstance(run, runs.Run) else None
     curve = Curve(run if known is None else run.curve())
     saw = dict(_outcome(curve, known)) if known else {}
-    saw |= dict(_policy(curve)) | dict(_rewards(curve)) | dict(_losses(curve, known))
+    saw |= dict(_policy(curve)) | dict(_rewards(curve)) | dict(_losses(curve))
     return Report(Finding(name, saw[name], *SYMPTOMS[name]) for name in SYMPTOMS if name in saw)
 
 
@@ -138,20 +138,15 @@ def _rewards(curve: Curve) -> Saw:
             return
 
 
-def _losses(curve: Curve, run: runs.Run | None) -> Saw:
+def _losses(curve: Curve) -> Saw:
     """Of runs that read: the loss, and the two sides of preferences."""
     loss, last = curve["loss"], curve.ends("loss")[1]
     if loss and last >= 1.5 * loss[0] > 0 and not curve.samples:  # the untrained model does better
         yield "loss jumped", f"{loss[0]:.2g} at first, {min(loss):.2g} at best, {last:.2g} now{curve.rate}"
     now, margin = curve.ends("logps/chosen")[1], curve.ends("rewards/margins")[1]
-    if margin > 0 and now < 0:
-        # DPO and KTO log rewards/chosen = beta (log p - log p_ref), which gives log p_ref of the same rows; up to
-        # 1.5 times that DPO lowers both sides. Without beta, and for ORPO, the first log is the reference.
-        before, times = curve["logps/chosen"][0], 3.0
-        if run is not None and run.get("beta") and not curve["nll_loss"]:
-            before, times = now - curve.ends("rewards/chosen")[1] / run.get("beta"), 1.5
-        if now < times * before < 0:
-            yield "chosen falls", f"log p of the chosen {before:.1f} -> {now:.1f}, margin {margin:.2f}{curve.rate}"
+    if margin > 0 and now < 3 * curve["logps/chosen"][0] < 0:  # DPO lowers both sides, up to 1.5 times
+        change = f"{curve['logps/chosen'][0]:.1f} -> {now:.1f}"
+        yield "chosen falls", f"log p of the chosen {change}, margin {margin:.2f}{curve.rate}"
 
 
 COOLER = "Divide the learning rate by three; a longer warm-up helps too."

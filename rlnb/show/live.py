@@ -34,16 +34,15 @@ class Drawn(progress.Screen):
 
 
 class Cell(Drawn):
-    """An output of a notebook's cell, drawn in place. Its plain text is what `Lines` prints."""
+    """An output of a notebook's cell, drawn in place."""
 
     handle = None
 
     def draw(self, rows: progress.Rows, total: int) -> None:
         from IPython.display import display
 
-        shown = [row for n, row in enumerate(rows, 1) if progress.shown(n, total) or n == len(rows)]
         data = {"text/html": curves_html({"": rows}, [draw.COLOURS[0]], total, progress_html(rows, total)),
-                "text/plain": "\n".join(progress.line(row, total) for row in shown)}  # fmt: skip
+                "text/plain": progress.line(rows[-1], total)}  # fmt: skip
         if self.handle is None:
             self.handle = display(data, raw=True, display_id=True)
         else:

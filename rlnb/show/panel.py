@@ -34,11 +34,6 @@ RED = "var(--jp-error-color1, #c62828)"
 _BUSY = threading.Lock()  # one training at a time: they share the cores and the random state
 
 
-def panel(method: str, **given: Any) -> "Panel":
-    """The training panel of a method, as the last line of a cell. given: as for ``Panel``."""
-    return Panel(method, **given)
-
-
 class Panel(live.Drawn):
     """A panel for one method of rlnb.train.methods.METHODS; its knobs begin at the recipe's values.
 
@@ -252,6 +247,9 @@ class Panel(live.Drawn):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return self.box._repr_mimebundle_(**kwargs)
+
+
+panel = Panel  # the name in the notebooks
 
 
 def _knob(key: str, value: float) -> Any:

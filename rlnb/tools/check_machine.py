@@ -89,12 +89,10 @@ def versions() -> tuple[str, ...]:
         return (f"{saw}; rlnb comes from a wheel, and pip has seen to the rest",)
     kinds = {"gpu": "vllm", "unsloth": "unsloth", "plain": "sys"}
     kind = next(kind for kind, mark in kinds.items() if importlib.util.find_spec(mark))
-    found = environments.differences(kind)
-    if missing := [name for name, version in found.items() if version is None]:
-        return f"{saw}, missing: {', '.join(missing)}", "problem", f"To install them: {SETUP}"
-    if found:
-        other = ", ".join(f"{name} {version}" for name, version in found.items())
-        return f"{saw}; not as tested: {other}", "advice", f"If something fails, take the tested ones: {SETUP}"
+    if found := environments.differences(kind):
+        other = ", ".join(f"{name} {version or 'missing'}" for name, version in found.items())
+        level = "problem" if None in found.values() else "advice"
+        return f"{saw}; not as tested: {other}", level, f"To install the tested ones: {SETUP}"
     return (f"{saw}, the tested packages ({kind})",)
 
 

@@ -103,10 +103,6 @@ def test_kto_whose_margin_grows_while_chosen_falls():
     saw = found(rows(KTO_TOO_HOT))
     assert "chosen falls" in saw and "margin 1" in saw["chosen falls"]
     assert "chosen falls" not in found(rows(KTO_TOO_HOT)[:5])
-    with runs.start("kto", config={"beta": 0.1}) as run:  # the reference of the same rows is known
-        for step, row in enumerate(rows(KTO_TOO_HOT)):
-            run.log(step, **row)
-    assert "chosen falls" in {finding.name for finding in diagnose.run(run)}
 
 
 def test_samples_that_are_all_the_same_text():

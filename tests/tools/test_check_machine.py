@@ -36,7 +36,7 @@ def test_missing_packages_are_what_it_reports():
     code = f"import sys; sys.path.insert(0, {str(environments.ROOT)!r})\n"
     code += "from rlnb.tools import check_machine; print(check_machine.report())"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
-    assert not done.stderr and "missing: torch, transformers" in done.stdout
+    assert not done.stderr and "torch missing, transformers missing" in done.stdout
 
 
 def test_versions_are_held_against_the_requirement_files(monkeypatch, tmp_path):
@@ -48,4 +48,4 @@ def test_versions_are_held_against_the_requirement_files(monkeypatch, tmp_path):
     assert "not as tested: psutil " in saw and level == "advice" and "setup" in do
     (tmp_path / "requirements.txt").write_text("no-such-package==1  # is not there\n")
     saw, level, do = check_machine.versions()
-    assert "missing: no-such-package" in saw and level == "problem" and "setup" in do
+    assert "no-such-package missing" in saw and level == "problem" and "setup" in do
