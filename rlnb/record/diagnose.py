@@ -144,9 +144,9 @@ def _losses(curve: Curve) -> Saw:
     if loss and last >= 1.5 * loss[0] > 0 and not curve.samples:  # the untrained model does better
         yield "loss jumped", f"{loss[0]:.2g} at first, {min(loss):.2g} at best, {last:.2g} now{curve.rate}"
     now, margin = curve.ends("logps/chosen")[1], curve.ends("rewards/margins")[1]
-    if margin > 0 and now < 3 * curve["logps/chosen"][0] < 0:  # DPO lowers both sides, up to 1.5 times
-        change = f"{curve['logps/chosen'][0]:.1f} -> {now:.1f}"
-        yield "chosen falls", f"log p of the chosen {change}, margin {margin:.2f}{curve.rate}"
+    before = next(iter(curve["logps/chosen"]), math.nan)
+    if margin > 0 and now < 3 * before < 0:  # DPO lowers both sides, up to 1.5 times
+        yield "chosen falls", f"log p of the chosen {before:.1f} -> {now:.1f}, margin {margin:.2f}{curve.rate}"
 
 
 COOLER = "Divide the learning rate by three; a longer warm-up helps too."
