@@ -115,7 +115,6 @@ def _makers(command: Callable) -> None:
     add("--out", type=Path, default=ROOT / "data" / "abacus-3m", help="default: data/abacus-3m")
     add("--seed", type=int, default=0)
     add("--maturity", choices=("young", "middle", "full"), default="full", help="a quarter, half or all of the text")
-    add("--card-only", action="store_true", help="measure the model in --out anew")
     add = command("data", _data, "write data/problems/ anew")
     add("--preferences", action="store_true", help="data/preferences/ too: samples an SFT model")
     add("--reward-model", action="store_true", help="data/reward-model/ too: trains it, four minutes")

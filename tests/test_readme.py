@@ -93,8 +93,3 @@ def test_the_messages_are_those_that_are_raised(monkeypatch):
     told = README[README.index("## When something goes wrong") :].split("\n## ")[0]
     for message in said:
         assert any(quote in message for quote in re.findall(r"^\| `([^`]+)` \|", told, re.MULTILINE))
-
-
-def test_the_picture_is_of_the_rows():
-    picture = compare.OUT.with_suffix(".png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and compare.digest(compare.read()).encode() in picture

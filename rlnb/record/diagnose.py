@@ -10,14 +10,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from rlnb.record import runs
 
 MIN_LOGS = 6  # fewer show no trend
-APART = 0.02  # nats: at step 1 the policy is its reference, and what differs is rounding
 Saw = Iterator[tuple[str, str]]
 
 
@@ -39,10 +37,8 @@ class Finding:
 class Report(list[Finding]):
     """Findings, shown one below the other."""
 
-    logs = 0
-
     def __repr__(self) -> str:
-        return "\n".join(map(str, self)) or f"nothing wrong in {self.logs} logs"
+        return "\n".join(map(str, self)) or "nothing wrong"
 
 
 class Curve:
@@ -51,7 +47,6 @@ class Curve:
     def __init__(self, rows: Iterable[Mapping[str, Any]]):
         self.rows = list(rows)
         self.samples = any("reward" in row for row in self.rows)  # GRPO, RLOO, PPO
-        self.kto = not self.samples and any("kl" in row for row in self.rows)
         self.gradient = max(self["grad_norm"], default=math.nan)  # the largest
         rates = self["learning_rate"]
         self.rate = f"; learning rate up to {max(rates):.0e}" if rates else ""
@@ -67,17 +62,6 @@ class Curve:
             return math.nan, math.nan
         return fmean(values[: max(2, len(values) // 8)]), fmean(values[-max(3, len(values) // 4) :])
 
-    def smooth(self, name: str) -> tuple[list[float], float]:
-        """Moving means over an eighth of the logs, at least three, and the standard deviation that their
-        differences would have, were there only noise; ([0], 0) if there are too few logs.
-        """
-        values = self[name]
-        if len(values) < MIN_LOGS:
-            return [0.0], 0.0
-        width = max(3, len(values) // 8)
-        means = [fmean(values[i : i + width]) for i in range(len(values) - width + 1)]
-        return means, stdev(b - a for a, b in pairwise(values)) / math.sqrt(width)
-
 
 def run(run: runs.Run | Iterable[Mapping[str, Any]]) -> Report:
     """What is wrong with a run: for each symptom the numbers, their meaning, a way out.
@@ -88,10 +72,8 @@ def run(run: runs.Run | Iterable[Mapping[str, Any]]) -> Report:
     known = run if isinstance(run, runs.Run) else None
     curve = Curve(run if known is None else run.curve())
     saw = dict(_outcome(curve, known)) if known else {}
-    saw |= dict(_policy(curve)) | dict(_rewards(curve)) | dict(_losses(curve, known))
-    report = Report(Finding(name, saw[name], *SYMPTOMS[name]) for name in SYMPTOMS if name in saw)
-    report.logs = sum("loss" in row for row in curve.rows)
-    return report
+    saw |= dict(_policy(curve)) | dict(_rewards(curve)) | dict(_losses(curve))
+    return Report(Finding(name, saw[name], *SYMPTOMS[name]) for name in SYMPTOMS if name in saw)
 
 
 def _outcome(curve: Curve, run: runs.Run) -> Saw:
@@ -100,8 +82,6 @@ def _outcome(curve: Curve, run: runs.Run) -> Saw:
         steps = f"{max(curve['step'], default=0):.0f} of {run.get('max_steps') or '?'} steps logged"
         saved = f"{'an' if run.adapter.is_dir() else 'no'} adapter saved"
         yield "ended early", f"{run.status}, {steps}, {saved}" + (f"; {run.error}" if run.error else "")
-    if _b_is_zero(run):
-        yield "nothing moved", "every lora_B of the saved adapter is 0"
     start = run.result.get("start")
     if start is None and run.parent:
         with suppress(OSError, ValueError):
@@ -117,16 +97,6 @@ def _outcome(curve: Curve, run: runs.Run) -> Saw:
         yield "worse than before", f"held out, strict: {k0 / n0:.0%} -> {k1 / n1:.0%} of {n1}{paid}"
 
 
-def _b_is_zero(run: runs.Run) -> bool:
-    """Whether every lora_B of the saved adapter is 0; False without one that can be read."""
-    from safetensors import safe_open  # here, as it brings numpy
-
-    with suppress(Exception), safe_open(run.adapter / "adapter_model.safetensors", "np") as weights:
-        names = [name for name in weights.keys() if ".lora_B." in name]  # noqa: SIM118  it is no dict
-        return bool(names) and not any(weights.get_tensor(name).any() for name in names)
-    return False
-
-
 def _policy(curve: Curve) -> Saw:
     """Numbers that are none and gradients of 0, of any run; of those that sample groups, length, KL, entropy."""
     for row in curve.rows:
@@ -134,10 +104,6 @@ def _policy(curve: Curve) -> Saw:
         if bad := [name for name, v in watched.items() if isinstance(v, float) and not math.isfinite(v)]:
             yield "not a number", f"{', '.join(bad)} at step {row.get('step', '?')}"
             break
-    first = next((row for row in curve.rows if row.get("step") == 1 and "nll_loss" not in row), {})  # ORPO has none
-    apart = {name: first[name] for name in ("kl", "rewards/chosen", "rewards/rejected") if first.get(name)}
-    if off := [f"{name} {v:.2g}" for name, v in apart.items() if isinstance(v, float) and abs(v) > APART]:
-        yield "another reference", f"{', '.join(off)} at step 1, before anything was learnt"
     (start, reward), (before, entropy) = curve.ends("reward"), curve.ends("entropy")
     silent, spread = curve.ends("frac_reward_zero_std")[1], curve.ends("reward_std")[1]
     cut, length = curve.ends("completions/clipped_ratio")[1], curve.ends("completions/mean_length")[1]
@@ -152,51 +118,35 @@ def _policy(curve: Curve) -> Saw:
     if cut >= 0.5:  # a third, for a while, was healthy
         yield "cut at the limit", f"{cut:.0%} of the completions, at {length:.0f} tokens"
     # Healthy runs reach 0.07 nats per token from SFT, 0.2 from the base; broken 0.48.
-    if kl >= 0.4 and not curve.kto:  # KTO's is per completion, and cut at 0
+    if kl >= 0.4 and curve.samples:  # KTO's is per completion, and cut at 0
         yield "kl runs away", f"kl {first_kl:.2g} -> {kl:.2g} nats per token{curve.rate}"
     if entropy * length <= 0.2 < before * length:  # exp(-0.2) = 0.8: eight samples in ten are the same text
         yield "entropy collapsed", f"{before:.2g} -> {entropy:.2g} nats per token, for {length:.0f} tokens"
-    # Healthy runs have ended with 1.8 times the entropy. A model that stays as it is has met other prompts.
-    if entropy >= max(2 * before, before + 0.05) and not curve.gradient < 1e-7:
-        yield "more random", f"entropy {before:.2g} -> {entropy:.2g} nats per token{curve.rate}"
 
 
 def _rewards(curve: Curve) -> Saw:
-    """A reward that falls, beyond noise: the whole, or one of its parts while the whole rises."""
-    means, noise = curve.smooth("reward")
-    start, best, now = means[0], max(means), means[-1]
-    cliff = 0.5 * max(best - start, abs(best) / 2)  # half of what was gained, or a quarter of its height
-    if len(curve["reward"]) >= 3 * MIN_LOGS and best - now >= max(cliff, 2 * noise, 1e-3):
-        yield "reward fell", f"{start:.2f} at first, {best:.2f} at best, {now:.2f} now{curve.rate}"
+    """The reward rises, while one of its parts falls to less than half of its best mean over an eighth of the logs."""
     first, last = curve.ends("reward")
     names = sorted({name for row in curve.rows for name in row})
     for name in (name for name in names if name.startswith("rewards/") and name.endswith("/mean")):
-        means, noise = curve.smooth(name)
-        best, now = max(means), curve.ends(name)[1]
-        lost = best - now > 2 * noise and now < 0.5 * best  # healthy: 0.8 of the best and more, hacked: 0.44
-        if last > first and min(curve[name], default=-1) >= 0 and lost:
+        values, (_, now) = curve[name], curve.ends(name)
+        width = max(3, len(values) // 8)
+        best = max((fmean(values[i : i + width]) for i in range(len(values) - width + 1)), default=0.0)
+        if last > first and now < 0.5 * best and min(values) >= 0:  # healthy: 0.8 of the best and more, hacked: 0.44
             part = f"{name.split('/')[1]} {best:.2f} at best, {now:.2f} now"
             yield "reward hacking", f"reward {first:.2f} -> {last:.2f}, but {part}"
             return
 
 
-def _losses(curve: Curve, run: runs.Run | None) -> Saw:
+def _losses(curve: Curve) -> Saw:
     """Of runs that read: the loss, and the two sides of preferences."""
-    loss, (first, last) = curve["loss"], curve.ends("loss")
-    if loss and loss[0] > 0 and not (curve.samples or curve.kto):
-        if last >= 1.5 * loss[0]:  # the untrained model does better
-            yield "loss jumped", f"{loss[0]:.2g} at first, {min(loss):.2g} at best, {last:.2g} now{curve.rate}"
-        if abs(last - first) <= 0.002 * first and curve.gradient >= 1e-7:  # eight healthy steps of DPO: 0.005
-            yield "hardly moved", f"loss {first:.4g} -> {last:.4g} in {len(loss)} logs{curve.rate}"
+    loss, last = curve["loss"], curve.ends("loss")[1]
+    if loss and last >= 1.5 * loss[0] > 0 and not curve.samples:  # the untrained model does better
+        yield "loss jumped", f"{loss[0]:.2g} at first, {min(loss):.2g} at best, {last:.2g} now{curve.rate}"
     now, margin = curve.ends("logps/chosen")[1], curve.ends("rewards/margins")[1]
-    if margin > 0 and now < 0:
-        # DPO and KTO log rewards/chosen = beta (log p - log p_ref), which gives log p_ref of the same rows; up to
-        # 1.5 times that DPO lowers both sides. Without beta, and for ORPO, the first log is the reference.
-        before, times = curve["logps/chosen"][0], 3.0
-        if run is not None and run.get("beta") and not curve["nll_loss"]:
-            before, times = now - curve.ends("rewards/chosen")[1] / run.get("beta"), 1.5
-        if now < times * before < 0:
-            yield "chosen falls", f"log p of the chosen {before:.1f} -> {now:.1f}, margin {margin:.2f}{curve.rate}"
+    before = next(iter(curve["logps/chosen"]), math.nan)
+    if margin > 0 and now < 3 * before < 0:  # DPO lowers both sides, up to 1.5 times
+        yield "chosen falls", f"log p of the chosen {before:.1f} -> {now:.1f}, margin {margin:.2f}{curve.rate}"
 
 
 COOLER = "Divide the learning rate by three; a longer warm-up helps too."
@@ -207,8 +157,6 @@ SYMPTOMS = {  # name: level, what it means, what to do
         f"Look for rows without a token of completion (max_length), and for fp16 that overflows. {COOLER}"),
     "nothing moved": ("problem", "The model is what it was before.", "See that the adapter trains (trainable), that "
         "rewards or sides differ, that max_length leaves completions, and that the learning rate is above 0."),
-    "another reference": ("problem", "The policy was not what it is measured from when training began.",
-        "Start from the adapter that the reference has, and leave adapters alone once the trainer is made."),
     "worse than before": ("problem", "It has unlearnt more than it has learnt, or it is paid for something else.",
         f"Read completions. {COOLER} Or fewer steps, a higher beta, pairs that the model itself wrote."),
     "silent groups": ("problem", "All completions of a prompt get the same reward: every advantage is 0.",
@@ -220,15 +168,9 @@ SYMPTOMS = {  # name: level, what it means, what to do
         f"A higher beta (kl_coef), fewer steps. {COOLER}"),
     "entropy collapsed": ("advice", "Nearly all samples of a prompt are the same text: nothing new is tried.",
         f"Fine if all is solved. Else sample hotter, or hold it to a reference (beta). {COOLER}"),
-    "reward fell": ("problem", "Steps were so large that what was learnt is lost again.",
-        f"Take an earlier checkpoint. {COOLER} Larger batches make steps less wild."),
     "reward hacking": ("problem", "It has found a way to be paid without that.",
         f"Read completions. Pay for the rest only where that is earned, or weigh it higher. {COOLER}"),
     "loss jumped": ("problem", "It fits its own training data worse than before.", f"Start again. {COOLER}"),
-    "more random": ("problem", "Training makes a model surer. This one comes apart.",
-        f"{COOLER} A higher beta keeps a policy near its reference."),
-    "hardly moved": ("advice", "There are gradients, but the steps are too small or too few.",
-        "Raise the learning rate by three to ten: LoRA takes ten times that of a whole model."),
     "chosen falls": ("problem", "The margin grows because the rejected side falls faster. A little of that is normal "
         "for DPO; here it unlearns what you prefer.",
         f"{COOLER} Or a higher beta, fewer steps, pairs that the model itself wrote."),

@@ -33,7 +33,7 @@ class Lines(Screen):
     """Prints some ten lines, with the figures that would be drawn."""
 
     def show(self, rows: Rows, total: int) -> None:
-        if shown(len(rows), total):
+        if len(rows) in (1, total) or len(rows) % max(1, total // 10) == 0:
             print(line(rows[-1], total), flush=True)
 
 
@@ -75,16 +75,3 @@ def line(row: Mapping[str, float], total: int) -> str:
     """One row in words: "step 12 of 64, 4.1 s: loss 0.6312, ..."."""
     figures = ", ".join(f"{name} {row[name]:.4g}" for name in metrics(row))
     return f"step {row['step']:{len(str(total))}} of {total}, {row['seconds']:.1f} s: {figures}"
-
-
-def shown(n: int, total: int) -> bool:
-    """Whether the n-th of `total` rows gets a line: the first, the last, and some ten between."""
-    return n == 1 or n >= total or n % max(1, total // 10) == 0
-
-
-def pace(rows: Rows) -> float:
-    """Seconds per step over the last twenty rows; the first row holds what is set up only once."""
-    if len(rows) < 2:
-        return rows[0]["seconds"] if rows else 0.0
-    first, last = rows[max(0, len(rows) - 20)], rows[-1]
-    return (last["seconds"] - first["seconds"]) / max(1, last["step"] - first["step"])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ROOM = 50_000_000  # bytes that have to be free for a run
 SCHEMA = 1  # of run.json; a reader skips what it does not know
-COLUMNS = ("id", "method", "model", "status", "seed", "labels", "seconds", "train_seconds", "peak_memory_mb")
+COLUMNS = ("id", "method", "status", "seed", "seconds", "result.strict", "result.pair_accuracy")
 
 
 @dataclass(eq=False, repr=False)
@@ -268,26 +268,12 @@ def load(id: str) -> Run:
     return _read(root() / id)
 
 
-def differences(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
-    """By id of the run, the settings that are not the same in all of them; None for one that a run lacks."""
-    own = ("seed", "model", "profile", "parent", "labels")
-    settings = {run.id: run.config | {key: getattr(run, key) for key in own} for run in runs}
-    keys = dict.fromkeys(key for of in settings.values() for key in of)
-    differ = [key for key in keys if len({repr(of.get(key)) for of in settings.values()}) > 1]
-    return {id: {key: of.get(key) for key in differ} for id, of in settings.items()}
-
-
-def table(runs: Iterable[Run] | None = None, columns: Iterable[str] | None = None) -> "DataFrame":
-    """The runs (default: all), a row each. columns: names for `Run.get`; by default what a run is and cost, and
-    each result of one figure. Those without any value are left out. Proportions read "53.0 % of 500".
-    """
+def table(runs: Iterable[Run], columns: Iterable[str] = COLUMNS) -> "DataFrame":
+    """The runs, a row each. columns: names for `Run.get`, left out without a value. Shares read "53.0 % of 500"."""
     import pandas as pd  # here, so that looking at runs stays light
 
-    runs = find() if runs is None else list(runs)
-    results = {f"result.{key}": None for run in runs for key, value in run.result.items()
-               if is_proportion(value) or not isinstance(value, dict | list)}  # fmt: skip
-    cells = {name: [_in_words(run.get(name)) for run in runs] for name in columns or (*COLUMNS, *results)}
-    return pd.DataFrame(cells, dtype=object).dropna(axis=1, how="all").convert_dtypes()
+    rows = [{name: _in_words(run.get(name)) for name in columns} for run in runs]
+    return pd.DataFrame(rows).dropna(axis=1, how="all")
 
 
 def is_proportion(value: Any) -> bool:

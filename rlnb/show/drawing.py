@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 import pandas
-from matplotlib import rc_context, rcParams
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -30,23 +30,13 @@ RC = {
 _LOCK = threading.RLock()
 
 
-def style():
-    """A context manager with the workbook's look, for figures of one's own."""
-    return rc_context(RC)
-
-
 def styled(fn: Callable) -> Callable:
     """Draws in the workbook's look and leaves the user's rcParams as they were."""
 
     @functools.wraps(fn)
     def drawn(*args, **kwargs):
-        with _LOCK:  # live curves are drawn in a thread, and rcParams are one for all threads
-            before = {name: rcParams[name] for name in RC}
-            rcParams.update(RC)
-            try:
-                return fn(*args, **kwargs)
-            finally:
-                rcParams.update(before)
+        with _LOCK, rc_context(RC):  # live curves are drawn in a thread, and rcParams are one for all threads
+            return fn(*args, **kwargs)
 
     return drawn
 

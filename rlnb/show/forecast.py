@@ -9,7 +9,7 @@ from rlnb.model import LoRA, memory, resolve, sampling
 from rlnb.model.folders import base_name
 from rlnb.model.lora import skeleton, smallest_width, target_layers
 from rlnb.profiles import PRACTICE, has_cuda, model_name, profile
-from rlnb.record import progress, runs
+from rlnb.record import runs
 from rlnb.task import problems
 
 from transformers import AutoConfig, AutoTokenizer
@@ -22,20 +22,13 @@ def earlier_run(method: str) -> runs.Run | None:
     """The newest finished run of the method with this model and profile on this machine, if any."""
     here = dict(method=method, model=base_name(resolve(model_name())), profile=profile(), status="done")
     found = runs.find(**here, **{"machine.platform": machine.describe()["platform"]})
-    return next((run for run in found if len(_times(run)) > 1), None)
+    return next((run for run in found if run.train_seconds and run.config["max_steps"] > 0), None)
 
 
 def seconds(earlier: runs.Run, settings: Mapping[str, Any]) -> tuple[float, float]:
     """Of a step and of a whole run with these settings: each sequence of a step takes as long as it took."""
-    at = _times(earlier)
-    step = (at[-1] - at[0]) / (len(at) - 1)
-    around = max(0.0, at[0] - step) + earlier.seconds - at[-1]  # before the first step and after the last
-    step *= _sequences(settings) / _sequences(earlier.config)
-    return step, around + settings["max_steps"] * step
-
-
-def _times(run: runs.Run) -> list[float]:
-    return [row["seconds"] for row in run.curve() if "seconds" in row and progress.metrics(row)]
+    step = earlier.train_seconds / earlier.config["max_steps"] * _sequences(settings) / _sequences(earlier.config)
+    return step, earlier.seconds - earlier.train_seconds + settings["max_steps"] * step
 
 
 def _sequences(settings: Mapping[str, Any]) -> int:

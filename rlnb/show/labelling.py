@@ -103,12 +103,6 @@ class Session:
         skipped = sum(event["choice"] == "skip" for event in self.labels.values())
         return {"items": len(self.items), "answered": len(self.labels), "skipped": skipped}
 
-    @property
-    def left_first(self) -> Proportion | None:
-        """How often the left response was chosen, of the answers that chose one: a half is to be expected."""
-        chosen = [event["choice"] for event in self.labels.values() if event["choice"] in SIDES]
-        return Proportion(chosen.count("left"), len(chosen)) if chosen else None
-
     def annotations(self) -> list[Row]:
         """The answers as annotated rows; items without an answer and skipped ones are left out."""
         found = []
@@ -132,10 +126,8 @@ class Session:
         return preferences.pairs(self.annotations())
 
     def __str__(self) -> str:
-        parts = ["{answered} of {items} answered, {skipped} skipped".format(**self.progress)]
-        if self.left_first:
-            parts.append(f"left chosen {self.left_first}")
-        return "; ".join(parts + [f"agrees with {name} {share}" for name, share in self.agreement().items()])
+        said = "{answered} of {items} answered, {skipped} skipped".format(**self.progress)
+        return said + "".join(f"; agrees with {name} {share}" for name, share in self.agreement().items())
 
     def _item(self, row: Row) -> Item | None:
         texts = [text for text in dict.fromkeys(row["responses"]) if text.strip()]
@@ -216,10 +208,8 @@ class LabelView:
     def refresh(self, said: str = "") -> None:
         """Show the session as it is, with a message below."""
         session, item = self.session, self.session.current
-        turns = item.row["prompt"] if item else [{"role": "", "content": "All answered."}]
-        named = len(turns) > 1  # then each message comes with its role
-        texts = [f"<b>{escape(m['role'])}</b>" * named + _html(m["content"], TALL) for m in turns]
-        self.prompt.value = "".join(texts)
+        turns = item.row["prompt"] if item else [{"content": "All answered."}]
+        self.prompt.value = "".join(_html(message["content"], TALL) for message in turns)
         for i, card in enumerate(self.cards):
             card.layout.display = "block" if item else "none"
             card.value = f"<b>{SIDES[i].title()}</b>{_html(item.shown[i], MONO)}" if item else ""

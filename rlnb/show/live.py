@@ -34,16 +34,15 @@ class Drawn(progress.Screen):
 
 
 class Cell(Drawn):
-    """An output of a notebook's cell, drawn in place. Its plain text is what `Lines` prints."""
+    """An output of a notebook's cell, drawn in place."""
 
     handle = None
 
     def draw(self, rows: progress.Rows, total: int) -> None:
         from IPython.display import display
 
-        shown = [row for n, row in enumerate(rows, 1) if progress.shown(n, total) or n == len(rows)]
         data = {"text/html": curves_html({"": rows}, [draw.COLOURS[0]], total, progress_html(rows, total)),
-                "text/plain": "\n".join(progress.line(row, total) for row in shown)}  # fmt: skip
+                "text/plain": progress.line(rows[-1], total)}  # fmt: skip
         if self.handle is None:
             self.handle = display(data, raw=True, display_id=True)
         else:
@@ -71,7 +70,7 @@ def curves_html(curves: Mapping[str, progress.Rows], colours: Sequence[str], tot
 def progress_html(rows: progress.Rows, total: int) -> str:
     """HTML: how far a training is, and how long it will still take at this pace."""
     step, spent = int(rows[-1]["step"]), rows[-1]["seconds"]
-    left = f", about {progress.pace(rows) * (total - step):.0f} s left" if step < total else ""
+    left = f", about {spent / step * (total - step):.0f} s left" if step < total else ""
     return (
         f"<progress value='{step}' max='{total}' style='width:200px;vertical-align:middle'></progress> "
         f"step {step} of {total}, {spent:.1f} s{left}"

@@ -10,14 +10,13 @@ import gc
 import threading
 from dataclasses import replace
 from html import escape
-from itertools import cycle
 from typing import Any
 
 import ipywidgets
 
 from rlnb import machine
 from rlnb.model import LoRA, memory, resolve
-from rlnb.model.folders import base_name, read_saved
+from rlnb.model.folders import base_name
 from rlnb.model.lora import VLLM_RANKS, check_rank
 from rlnb.profiles import model_name, profile
 from rlnb.record import progress, runs
@@ -35,48 +34,29 @@ RED = "var(--jp-error-color1, #c62828)"
 _BUSY = threading.Lock()  # one training at a time: they share the cores and the random state
 
 
-def panel(method: str, **given: Any) -> "Panel":
-    """The training panel of a method, as the last line of a cell. given: as for ``Panel``."""
-    return Panel(method, **given)
-
-
 class Panel(live.Drawn):
     """A panel for one method of rlnb.train.methods.METHODS; its knobs begin at the recipe's values.
 
-    start, data, reward, problems: as ``train`` takes them. lora: of a new adapter. settings: arguments of the
-    method's config to begin with, and those without a knob to keep. knobs: ipywidgets with a value, by name.
-    printed: what libraries said during the last run.
+    data: as ``train`` takes it. settings: arguments of the method's config to begin with, and those without a
+    knob to keep. knobs: ipywidgets with a value, by name.
     """
 
-    def __init__(
-        self, method: str, *, seed: int = 0, start: Any = None, data: Any = None, reward: Any = None,
-        problems: Any = None, lora: LoRA | None = None, max_lora_rank: int = 64, **settings: Any,
-    ) -> None:  # fmt: skip
-        self.usual = recipe("grpo_from_base" if (method, start) == ("grpo", "base") else method) | settings
-        self.method, self.lora, self.start = method, lora or adapter(method), start or methods.METHODS[method].start
-        own = {"base": ("rank", "alpha"), "sft": ("rank",)}.get(self.start, ())
-        if not own:  # a saved adapter keeps its rank and alpha
-            _, saved = read_saved(start.adapter if isinstance(start, runs.Run) else start)
-            self.lora = LoRA(rank=saved["r"], alpha=saved["lora_alpha"])
-        self.given = dict(start=start, data=data, reward=reward, problems=problems)
-        if reward is not None and "reward_weights" not in settings:
-            self.usual.pop("reward_weights", None)  # they are for the usual rewards
-        self.first = {key: getattr(self.lora, key) for key in own} | {"max_lora_rank": max_lora_rank}
+    def __init__(self, method: str, *, seed: int = 0, data: Any = None, **settings: Any) -> None:
+        self.usual = recipe(method) | settings
+        self.method, self.data, self.lora = method, data, adapter(method)
+        self.start = methods.METHODS[method].start
+        own = ("rank",) if self.start == "sft" else ("rank", "alpha")  # SFT's adapter keeps its alpha
+        self.first = {key: getattr(self.lora, key) for key in own} | {"max_lora_rank": 64}
         self.first |= {key: self.usual[key] for key, value in recipe(method).items()
                        if type(value) in (int, float) and key not in NO_KNOB} | {"seed": seed}  # fmt: skip
         self.runs: list[runs.Run] = []  # of this method and notebook that have ended, newest first
         self.rows: progress.Rows = []  # of the run that is going
-        self.running, self.printed = False, ""
+        self.running = False
         self.ended = threading.Event()  # a thread's join does not survive Ctrl-C in Python 3.11
         self.ended.set()
         self._build()
         self.refresh()
         atexit.register(self._leave)
-
-    @property
-    def last(self) -> runs.Run | None:
-        """The newest run of this method and notebook that has ended."""
-        return next(iter(self.runs), None)
 
     # --- settings --------------------------------------------------------------------------------
 
@@ -87,7 +67,7 @@ class Panel(live.Drawn):
 
     @property
     def adapter(self) -> LoRA:
-        """What a new adapter will be, or what the saved one is."""
+        """Rank and alpha of the adapter."""
         return replace(self.lora, **{key: self.knobs[key].value for key in ("rank", "alpha") if key in self.knobs})
 
     def set(self, **values: float) -> None:
@@ -130,7 +110,7 @@ class Panel(live.Drawn):
         self._tell()
         self.ended.clear()
         arguments = {key: self.knobs[key].value for key in ("seed", "max_lora_rank")} | {"lora": self.adapter}
-        arguments |= self.given | self.settings
+        arguments |= {"data": self.data} | self.settings
         threading.Thread(target=self._work, args=(arguments,), daemon=True).start()
         if wait:
             self.wait()
@@ -154,9 +134,8 @@ class Panel(live.Drawn):
         """The thread: what is to be said at the end is said when everything else is done."""
         try:
             try:
-                with captured() as printed, progress.on(self):
+                with captured(), progress.on(self):  # what libraries print would go into any cell
                     said = self._train(arguments)
-                self.printed = printed.getvalue()
             finally:
                 self.running, self.rows = False, []
                 gc.collect()  # a trainer and its model hold each other
@@ -220,8 +199,7 @@ class Panel(live.Drawn):
 
     def _colours(self) -> list[str]:
         """Of the newest runs. A run keeps its colour when others come."""
-        every = cycle(drawing.COLOURS)
-        return [next(every) for _ in self.runs][::-1][:SHOWN]
+        return drawing.colours(self.runs)[::-1][:SHOWN]
 
     def _tell(self) -> None:
         """Show what a run would cost, or why it cannot be."""
@@ -269,6 +247,9 @@ class Panel(live.Drawn):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return self.box._repr_mimebundle_(**kwargs)
+
+
+panel = Panel  # the name in the notebooks
 
 
 def _knob(key: str, value: float) -> Any:

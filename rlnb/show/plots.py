@@ -1,21 +1,16 @@
-"""Figures from runs and evaluations. Every function returns the Figure and shows nothing itself.
-
-A figure that is the last line of a cell is shown once, and `display(figure)` shows it anywhere else:
-the figures are not pyplot's, so `plt.show()` does not know them. They are light cards with dark text,
-which read the same on a light and a dark theme. An interval is an object with .mean, .low and .high
+"""Figures from runs and evaluations. Every function returns the Figure: the last line of a cell shows it, and
+`display(figure)` anywhere else; `plt.show()` does not know it. An interval is an object with .mean, .low and .high
 (``rlnb.measure.intervals.Proportion``) or these three numbers, shares in [0, 1].
 """
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
 from rlnb.show import drawing as draw
 from rlnb.show.drawing import FAINT, INK
-
-style = draw.style  # for figures of one's own
 
 # What trainers log, as an axis label with its unit. Other names are their own label.
 LABELS = {
@@ -26,13 +21,9 @@ LABELS = {
     "rewards/correctness/mean": "mean correctness reward",
     "kl": "KL to the reference (nats per token)",
     "kl/sequence": "KL from the start (nats per completion)",
-    "entropy": "entropy (nats per token)",
     "completions/mean_length": "completion length (tokens)",
-    "completions/clipped_ratio": "share of completions cut off",
     "mean_token_accuracy": "share of tokens predicted right",
     "grad_norm": "norm of the gradient",
-    "learning_rate": "learning rate",
-    "step_time": "time per step (s)",
     "rewards/margins": "reward margin, chosen - rejected",
     "rewards/accuracies": "share of pairs in the right order",
     "logps/chosen": "log-probability of chosen (nats)",
@@ -42,7 +33,6 @@ LABELS = {
     "accuracy": "share of pairs in the right order",
     "margin": "reward margin, chosen - rejected",
     "mean_reward": "mean reward of a pair's two answers",
-    "num_tokens": "tokens seen",
 }
 
 
@@ -125,15 +115,9 @@ def by_kind(reports: Mapping[str, Any]):
     return fig
 
 
-def passk(results: Mapping[str, Mapping[int, Any]]):
-    """pass@k over k, with a band for the interval. results[label][k]: an interval; k may be text, as in JSON."""
-    points = {label: sorted((int(k), y) for k, y in by_k.items()) for label, by_k in results.items()}
-    return lines(points, xlabel="k, samples per problem (log scale)", ylabel="pass@k (%)", logx=True, percent=True)
-
-
 @draw.styled
 def lines(
-    series: Mapping[str, Sequence[tuple[float, Any]]], *, xlabel: str, ylabel: str, logx: bool = False,
+    series: Mapping[str, Collection[tuple[float, Any]]], *, xlabel: str, ylabel: str, logx: bool = False,
     percent: bool = False,
 ):  # fmt: skip
     """A line per label through its points (x, y), with a band where y is an interval and no number.
@@ -186,17 +170,11 @@ def frontier(
 
 
 @draw.styled
-def rewards_histogram(values: Mapping[str, Iterable[float | None]]):
-    """How rewards are spread, a panel per label on one axis, with the mean as a line.
-
-    None and NaN are left out. Raises ValueError for a label without any number.
-    """
-    clean = {name: [v for v in group if v is not None and math.isfinite(v)] for name, group in values.items()}
-    if empty := [name for name, group in clean.items() if not group]:
-        raise ValueError(f"no finite reward in {empty}.")
-    reach = [end(v for group in clean.values() for v in group) for end in (min, max)]
-    fig, axes = draw.figure(len(clean), 1, (5.6, 1.6), sharex=True, sharey=True)
-    for ax, colour, (name, group) in zip(axes, draw.colours(clean), clean.items(), strict=True):
+def rewards_histogram(values: Mapping[str, Sequence[float]]):
+    """How rewards are spread, a panel per label on one axis, with the mean as a line."""
+    reach = [end(v for group in values.values() for v in group) for end in (min, max)]
+    fig, axes = draw.figure(len(values), 1, (5.6, 1.6), sharex=True, sharey=True)
+    for ax, colour, (name, group) in zip(axes, draw.colours(values), values.items(), strict=True):
         share = [100 / len(group)] * len(group)
         ax.hist(group, 24, range=reach, weights=share, color=colour, alpha=0.75)
         mean = math.fsum(group) / len(group)

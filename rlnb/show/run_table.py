@@ -10,8 +10,8 @@ from rlnb.measure.intervals import Proportion
 from rlnb.record import runs
 
 NAMES = {"per_device_train_batch_size": "batch size", "gradient_accumulation_steps": "accumulated batches",
-         "kl_coef": "KL coefficient", "lam": "GAE lambda", "max_lora_rank": "max_lora_rank"}  # fmt: skip
-UNSAID = {"parent", "labels", "data", "weights"}  # settings that are long to say
+         "kl_coef": "KL coefficient", "lam": "GAE lambda"}  # fmt: skip
+UNSAID = {"data", "weights"}  # settings that are long to say
 COLUMNS = ("run", "settings", "held out", "seconds", "peak MB", "ended")
 CELL = "padding:2px 14px 2px 0;text-align:left;vertical-align:top"
 
@@ -32,10 +32,11 @@ def table(shown: Sequence[runs.Run], colours: Sequence[str]) -> str:
 
 def settings(shown: Sequence[runs.Run]) -> dict[str, str]:
     """By id, the settings of a run that are not the same in all of them: "rank 8, learning rate 2e-4"."""
-    differ = runs.differences(shown)
-    silent = UNSAID | {key for found in differ.values() for key, value in found.items() if value is None}
-    return {id: ", ".join(f"{name(key)} {text(value)}" for key, value in found.items() if key not in silent)
-            for id, found in differ.items()}  # fmt: skip
+    given = {run.id: run.config | {"seed": run.seed} for run in shown}
+    keys = dict.fromkeys(key for of in given.values() for key in of if key not in UNSAID)
+    differ = [key for key in keys if len({repr(of.get(key)) for of in given.values()}) > 1]
+    return {id: ", ".join(f"{name(key)} {text(of[key])}" for key in differ if of.get(key) is not None)
+            for id, of in given.items()}  # fmt: skip
 
 
 def labels(shown: Sequence[runs.Run]) -> list[str]:

@@ -1,8 +1,7 @@
 """What this machine can do: python -m rlnb doctor, or `check_machine.report()` in a notebook.
 
-People ask when something is broken: so this file keeps to the standard library and to what an old
-Python can parse, and every look imports what it needs by itself. A look returns what it saw; if not all
-is well, also how bad it is ("advice" or "problem") and what to do.
+This file keeps to the standard library and to what an old Python can parse, as people ask when something is broken.
+A look returns what it saw; if not all is well, also the level ("advice" or "problem") and what to do.
 """
 
 from __future__ import annotations  # for Python 3.9: see setup.py
@@ -11,7 +10,6 @@ import importlib.util
 import os
 import shutil
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +17,7 @@ from rlnb import machine
 from rlnb.tools import setup as environments
 
 GB = 2**30
-MEMORY, DISK = (1, 3), (0.2, 2)  # GB free: below the first it won't work, below the second take care
+MEMORY, DISK = 3, 2  # GB free: with less take care
 SETUP = "python -m rlnb setup"
 
 
@@ -55,28 +53,14 @@ def report() -> Report:
     return found
 
 
-def cores() -> tuple[str, ...]:
-    import torch
-
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    quota = machine.container("cpu.max")
-    if len(quota) == 2:
-        count = min(count, max(1, quota[0] // quota[1]))
-    saw = f"{torch.get_num_threads()} threads of torch on {count} cores"
-    if torch.get_num_threads() > count:
-        return saw, "advice", f"They are in each other's way: set OMP_NUM_THREADS={count}"
-    return (saw,)
-
-
 def space() -> tuple[str, ...]:
     place = Path(os.environ.get("RLNB_RUNS", environments.ROOT)).absolute()
     place = next(p for p in (place, *place.parents) if p.exists())
     memory, disk = machine.free_memory() / GB, shutil.disk_usage(place).free / GB
     saw = f"{memory:.1f} GB of memory and {disk:.1f} GB of disk free"
-    if memory >= MEMORY[1] and disk >= DISK[1]:
+    if memory >= MEMORY and disk >= DISK:
         return (saw,)
-    level = "problem" if memory < MEMORY[0] or disk < DISK[0] else "advice"
-    return saw, level, f"Shut down other kernels, or delete old runs in {place}"
+    return saw, "advice", f"Shut down other kernels, or delete old runs in {place}"
 
 
 def gpu() -> tuple[str, ...]:
@@ -84,9 +68,7 @@ def gpu() -> tuple[str, ...]:
 
     if torch.cuda.is_available():
         free, total = (size / GB for size in torch.cuda.mem_get_info())
-        saw = f"{torch.cuda.get_device_name()}: {free:.1f} of {total:.1f} GB free; CUDA {torch.version.cuda}"
-        fast = importlib.util.find_spec("vllm")
-        return (saw,) if fast else (saw, "advice", f"With vLLM it samples much faster: {SETUP} --kind gpu")
+        return (f"{torch.cuda.get_device_name()}: {free:.1f} of {total:.1f} GB free; CUDA {torch.version.cuda}",)
     if shutil.which("nvidia-smi"):
         do = f"Look at its driver and CUDA_VISIBLE_DEVICES, or {SETUP} --kind gpu"
         return f"torch {torch.__version__} sees none, but there is nvidia-smi", "advice", do
@@ -97,11 +79,6 @@ def backend() -> tuple[str, ...]:
     """Imports Unsloth."""
     from rlnb.model import backend
 
-    import torch
-
-    trl = metadata.version("trl")
-    if backend() == "plain" and not torch.cuda.is_available() and trl.startswith("1.15."):
-        return f"plain, with trl {trl}", "problem", f"On a CPU that trains with Unsloth only: {SETUP} --kind plain"
     return (backend(),)
 
 
@@ -112,13 +89,11 @@ def versions() -> tuple[str, ...]:
         return (f"{saw}; rlnb comes from a wheel, and pip has seen to the rest",)
     kinds = {"gpu": "vllm", "unsloth": "unsloth", "plain": "sys"}
     kind = next(kind for kind, mark in kinds.items() if importlib.util.find_spec(mark))
-    found = environments.differences(kind)
-    if missing := [name for name, version in found.items() if version is None]:
-        return f"{saw}, missing: {', '.join(missing)}", "problem", f"To install them: {SETUP}"
-    if found:
-        other = ", ".join(f"{name} {version}" for name, version in found.items())
-        return f"{saw}; not as tested: {other}", "advice", f"If something fails, take the tested ones: {SETUP}"
+    if found := environments.differences(kind):
+        other = ", ".join(f"{name} {version or 'missing'}" for name, version in found.items())
+        level = "problem" if None in found.values() else "advice"
+        return f"{saw}; not as tested: {other}", level, f"To install the tested ones: {SETUP}"
     return (f"{saw}, the tested packages ({kind})",)
 
 
-LOOKS = (versions, cores, space, gpu, backend)
+LOOKS = (versions, space, gpu, backend)

@@ -1,19 +1,14 @@
-"""All methods on one model, one task and one held-out measure. Notebook 09 shows what comes out.
-
-    python -m rlnb compare                 # five seeds; about an hour on two cores
-    python -m rlnb compare --resume        # go on after an interruption
-    python -m rlnb compare --only "SFT, DPO" "SFT, KTO" --seeds 3
+"""All methods on one model, one task and one held-out measure: `python -m rlnb compare`, about an hour on two cores.
 
 One row per run in data/results/methods.csv: strict accuracy of greedy answers on each split, length of
 the answers, KL from the SFT model of the same seed, and what it cost. Every run has a process and a
 core of its own: its memory is its own, and what it learns is not changed by how many cores add up.
 """
 
-import hashlib
-import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -169,9 +164,7 @@ def counts(splits: Sequence[str], strict: Sequence[bool], tokens: Sequence[int])
 # --- what the rows say ---------------------------------------------------------------------------
 
 
-def read(path: Path = OUT) -> list[dict[str, Any]]:
-    """The rows that ship, or others."""
-    return experiments.read(path)
+read = partial(experiments.read, OUT)  # the rows that ship
 
 
 def shares(rows: Rows, name: str, split: str = "id") -> dict[int, float]:
@@ -254,17 +247,10 @@ def by_split(rows: Rows) -> str:
 
 
 def draw(rows: Rows, file: Path) -> None:
-    """The picture of the README; it carries the digest of its rows, which a test compares."""
+    """The picture of the README."""
     labels = {"xlabel": "KL from the SFT model (nats per completion)",
               "ylabel": "strict accuracy on held-out problems (%)"}  # fmt: skip
-    figure = plots.frontier(points(rows, "kl"), **labels)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, bbox_inches="tight", metadata={"Comment": digest(rows)})
-    files.write(file, picture.getvalue())
-
-
-def digest(rows: Rows) -> str:
-    return hashlib.sha256(experiments.text(rows).encode()).hexdigest()
+    files.write(file, plots.frontier(points(rows, "kl"), **labels)._repr_png_(dpi=150))
 
 
 def main(arguments: Any, rest: Sequence[str] = ()) -> int:

@@ -9,7 +9,6 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 from rlnb import files
 from rlnb.profiles import profile
@@ -18,7 +17,6 @@ from rlnb.tools.experiments import side_by_side
 from rlnb.tools.setup import ROOT
 
 import nbformat
-import pandas as pd
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
@@ -35,37 +33,26 @@ KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "nam
 def main(arguments, rest) -> int:
     """python -m rlnb run"""
     names, write = arguments.names, arguments.write
-    return execute_all(names, arguments.out, write, arguments.jobs or usual_jobs(names, write))
-
-
-def usual_jobs(names: list[str], write: bool) -> int:
-    """2 where there are as many cores, but 1 for one notebook, for outputs that tell how long a run
-    took with the whole machine, and for a GPU, which they would share.
-    """
-    alone = len(names) == 1 or write or profile() == "gpu"
-    return 1 if alone or (os.cpu_count() or 1) < 2 else 2
+    alone = len(names) == 1 or write or profile() == "gpu"  # two would share the GPU, and outputs tell seconds
+    jobs = arguments.jobs or (1 if alone else min(2, os.cpu_count() or 1))
+    return execute_all(names, arguments.out, write, jobs)
 
 
 def execute_all(names: list[str], out: Path, write: bool = False, jobs: int = 1) -> int:
     """Executes notebooks, all if none is named. Returns 1 if one of them failed, else 0.
 
     out: the folder for the HTML copies. write: also store the outputs in the notebooks, cleaned.
-    jobs: how many at a time; if more than one, each has one core.
-    Ctrl-C interrupts the cell, sums up what is done and goes on as KeyboardInterrupt.
+    jobs: how many at a time; if more than one, each has one core. Ctrl-C interrupts the cell.
     """
-    tasks, outcomes, began = [(path, out.absolute(), write) for path in find(names)], [], time.monotonic()
+    tasks, results, began = [(path, out.absolute(), write) for path in find(names)], [], time.monotonic()
     found = (execute(*task) for task in tasks) if jobs == 1 else side_by_side(execute, tasks, jobs)
     try:
-        for outcome in found:
-            outcomes.append(outcome)
-            print("{notebook}: {seconds} s, {result}".format(**outcome), flush=True)
+        for name, seconds, result in found:
+            results.append(result)
+            print(f"{name}: {seconds:.1f} s, {result}", flush=True)
     finally:
-        if outcomes:
-            table = pd.DataFrame(outcomes).fillna("").sort_values("notebook")
-            table["result"] = table["result"].str.partition(":")[0]  # the rest stands above
-            print(f"\n{table.to_string(index=False)}")
-            print(f"{len(outcomes)} of {len(tasks)} in {time.monotonic() - began:.0f} s, {jobs} at a time", flush=True)
-    return int(any(outcome["result"] != "ok" for outcome in outcomes))
+        print(f"{len(results)} of {len(tasks)} in {time.monotonic() - began:.0f} s, {jobs} at a time; see {out}")
+    return int(set(results) != {"ok"})
 
 
 def find(names: list[str]) -> list[Path]:
@@ -82,20 +69,17 @@ def find(names: list[str]) -> list[Path]:
     return found or known
 
 
-def execute(path: Path, out: Path, write: bool) -> dict[str, Any]:
-    """Executes one notebook and writes its copies: a row of the summary. Raises KeyboardInterrupt on Ctrl-C."""
+def execute(path: Path, out: Path, write: bool) -> tuple[str, float, str]:
+    """Executes one notebook and writes its copies: its name, the seconds, "ok" or what went wrong."""
     inside = path.is_relative_to(NOTEBOOKS)
     name = (path.relative_to(NOTEBOOKS) if inside else Path(path.name)).with_suffix("").as_posix()
     try:
         notebook = nbformat.read(path, as_version=4)
     except Exception as error:  # nbformat raises many kinds
-        return {"notebook": name, "seconds": 0.0, "result": f"FAILED, no notebook: {path}: {error!r:.200}"}
-    before = {run.id for run in runs.find()}
+        return name, 0.0, f"FAILED, no notebook: {path}: {error!r:.200}"
     began = time.monotonic()
     result = asyncio.run(_run_cells(notebook, name, path.parent))
-    seconds = round(time.monotonic() - began, 1)
-    new = [run for run in reversed(runs.find(notebook=name)) if run.id not in before]
-    scores = [(run.method, run.get("result.strict.k"), run.get("result.strict.n")) for run in new]
+    seconds = time.monotonic() - began
     if result == "ok":  # else stderr may say more about it
         clean(notebook)
     page = out / f"{name}.html"
@@ -106,8 +90,7 @@ def execute(path: Path, out: Path, write: bool) -> dict[str, Any]:
     files.write(page, exporter.from_notebook_node(notebook, resources=resources)[0])
     if write and result == "ok":
         files.write(path, nbformat.writes(notebook) + "\n")
-    accuracy = ", ".join(f"{method} {100 * k / n:.1f} %" for method, k, n in scores if n)
-    return {"notebook": name, "seconds": seconds, "result": result, "accuracy": accuracy, "copy": page.as_uri()}
+    return name, seconds, result
 
 
 async def _run_cells(notebook, name: str, folder: Path) -> str:
@@ -129,31 +112,23 @@ async def _run_cells(notebook, name: str, folder: Path) -> str:
         client.kc.allow_stdin = False
         bar = tqdm(cells, name, leave=False, mininterval=0, disable=None)  # None: it shows in a terminal only
         for number, i in enumerate(bar, 1):
-            cell = asyncio.ensure_future(_run_cell(client, i))
+            cell = asyncio.ensure_future(client.async_execute_cell(notebook.cells[i], i))
+            failed = f"FAILED in cell {number} of {len(cells)}"
             try:
-                failure = await asyncio.shield(cell)
+                await asyncio.shield(cell)
             except asyncio.CancelledError:
                 await kernel.interrupt_kernel()
-                await asyncio.wait([cell])
+                await asyncio.gather(cell, return_exceptions=True)
                 raise
-            if failure:
-                return f"FAILED in cell {number} of {len(cells)}: {failure}"
+            except CellExecutionError as error:
+                return f"{failed}: {error.ename}: {error.evalue}"
+            except RuntimeError as error:
+                return f"{failed}: {error}"
         return "ok"
     except RuntimeError as error:
         return f"FAILED before the first cell: {error}"
     finally:
         await kernel.shutdown_kernel()
-
-
-async def _run_cell(client: NotebookClient, index: int) -> str:
-    """What the cell raised, or ""."""
-    try:
-        await client.async_execute_cell(client.nb.cells[index], index)
-    except CellExecutionError as error:
-        return f"{error.ename}: {error.evalue}"
-    except RuntimeError as error:
-        return f"{error}"
-    return ""
 
 
 # --- outputs -------------------------------------------------------------------------------------

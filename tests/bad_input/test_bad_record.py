@@ -114,12 +114,7 @@ def lines(series, **more):
     (lambda house: plots.bars({"SFT": (0.5, -0.2, 0.6)}), ValueError, "(0.5, -0.2, 0.6)", "shares in [0, 1]"),
     (lambda house: plots.bars({"SFT": math.nan}), ValueError, "nan", "shares in [0, 1]"),
     (lambda house: plots.by_kind({"SFT": {"gain": 90}}), ValueError, "(90, 90, 90)", "shares in [0, 1]"),
-    (lambda house: plots.passk({"SFT": {1: 50.0}}), ValueError, "(50.0, 50.0, 50.0)", "shares in [0, 1]"),
-    (lambda house: plots.passk({"SFT": {"one": 0.5}}), ValueError, "'one'"),
     (lines({"SFT": [(1, 70)]}, percent=True), ValueError, "(70, 70, 70)", "shares in [0, 1]"),
-    (lambda house: plots.rewards_histogram({"a": [None]}), ValueError, "no finite reward in ['a']"),
-    (lambda house: plots.rewards_histogram({"a": [1.0], "b": []}), ValueError, "no finite reward in ['b']"),
-    (lambda house: plots.rewards_histogram({"a": [math.inf, math.nan]}), ValueError, "no finite reward in ['a']"),
 )
 def test_of_a_figure(call, kind, words, house):
     check(lambda: call(house), kind, words, folder=house)
@@ -177,8 +172,7 @@ def moved(**values):
 @cases(
     (panel("dqn"), ValueError, "no recipe for 'dqn'", "there are sft, reward_model"),
     (panel(bta=1.0), TypeError, "DPOConfig", "unexpected keyword argument 'bta'"),
-    (panel(start="no/such/folder"), FileNotFoundError, "no adapter 'no/such/folder'", "is no folder"),
-    (lambda house: Panel("dpo", start=house / "runs"), FileNotFoundError, "is not an adapter", "adapter_config.json"),
+    (panel(start="base"), TypeError, "DPOConfig", "unexpected keyword argument 'start'"),
     (moved(bta=1.0), ValueError, "no knob bta", "there are", "rank"),
 )
 @pytest.mark.filterwarnings("ignore:skipped broken run")
@@ -195,7 +189,7 @@ def test_of_a_panel(call, kind, words, house):
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:skipped broken run")
 def test_a_panel_says_why_it_does_not_run(knobs, words, house):
-    mine = Panel("grpo", start="base")
+    mine = Panel("grpo")
     mine.set(**knobs)
     assert not mine.run() and words in mine.status.value.replace("&#x27;", "'") and words in mine.problem()
 

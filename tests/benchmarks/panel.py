@@ -51,8 +51,8 @@ def measure(method: str) -> dict[str, float]:
         time.sleep(0.01)
     first = time.perf_counter() - began
     it.wait()
-    peak = (it.last.peak_gpu_memory_mb or it.last.peak_memory_mb) * memory.MB
-    was = {"seconds": it.last.seconds, "memory": peak - held}
+    peak = (it.runs[0].peak_gpu_memory_mb or it.runs[0].peak_memory_mb) * memory.MB
+    was = {"seconds": it.runs[0].seconds, "memory": peak - held}
     return {"move": statistics.median(moves), "first": first, "said": said, "was": was}
 
 

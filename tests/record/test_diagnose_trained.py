@@ -7,7 +7,7 @@ run takes a second.
 import pytest
 import tiny
 
-from rlnb.model import LoRA, load_model, save_adapter  # isort: skip
+from rlnb.model import LoRA, load_model  # isort: skip
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -120,19 +120,14 @@ def letters(completions, **_):
     return [sum(x.isalpha() for x in c[0]["content"]) / 10 for c in completions]
 
 
-def sample(base, folder, reward_funcs, schedule=None, **given):
+def sample(base, folder, reward_funcs, **given):
     """The log of a GRPO run."""
     model, tokenizer = load_model(base, TINY_LORA)
     size = {"num_generations": 8, "max_completion_length": 24, "per_device_train_batch_size": 32}
     args = settings(GRPOConfig, folder, **size | given)
-    optimizer = scheduler = None
-    if schedule:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     trainer = GRPOTrainer(
         model=model, args=args, reward_funcs=reward_funcs, train_dataset=pairs().select_columns("prompt"),
-        processing_class=tokenizer, rollout_func=sampling.rollout, optimizers=(optimizer, scheduler),
+        processing_class=tokenizer, rollout_func=sampling.rollout,
     )  # fmt: skip
     trainer.train()
     return trainer.state.log_history
@@ -145,13 +140,13 @@ def names(log):
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "orpo", "reward"])
 def test_healthy_runs_that_read_are_silent(base, tmp_path, kind):
     report = diagnose.run(read(base, tmp_path, kind))
-    assert report == [] and str(report) == "nothing wrong in 24 logs"
+    assert report == [] and str(report) == "nothing wrong"
 
 
 def test_a_healthy_run_that_samples_is_silent(base, tmp_path):
     log = sample(base, tmp_path, asks, steps=16, beta=1.0, rate=3e-4)  # at 1e-3 a random model may come apart
     report = diagnose.run(log)
-    assert report == [] and str(report) == "nothing wrong in 16 logs"
+    assert report == [] and str(report) == "nothing wrong"
     assert all("kl" in row and "entropy" in row for row in log if "loss" in row)
 
 
@@ -164,27 +159,11 @@ def test_a_frozen_adapter(base, tmp_path):
     assert names(read(base, tmp_path, "sft", frozen=True)) == {"nothing moved"}
 
 
-def test_a_saved_adapter_that_never_moved(base):
-    with runs.start("sft", model="m") as run:
-        model, _ = load_model(base, TINY_LORA)
-        save_adapter(model, run.adapter)
-    assert [f.name for f in diagnose.run(run)] == ["nothing moved"]
-    with torch.no_grad():
-        next(p for n, p in model.named_parameters() if "lora_B" in n)[0, 0] = 1.0
-    save_adapter(model, run.adapter)
-    assert diagnose.run(run) == []
-
-
 @pytest.mark.parametrize("kind", ["sft", "orpo"])
 def test_a_learning_rate_so_high_that_the_loss_jumps(base, tmp_path, kind):
     report = diagnose.run(read(base, tmp_path, kind, rate=1.0))
     assert "loss jumped" in {f.name for f in report}
     assert "learning rate up to 1e+00" in str(report)
-
-
-def test_a_learning_rate_so_low_that_nothing_is_learnt(base, tmp_path):
-    report = diagnose.run(read(base, tmp_path, "dpo", rate=1e-8))
-    assert [(f.name, f.level) for f in report] == [("hardly moved", "advice")]
 
 
 def test_numbers_that_are_none(base, tmp_path):
@@ -208,12 +187,3 @@ def test_groups_without_variance(base, tmp_path):
 def test_a_policy_that_leaves_its_reference(base, tmp_path):
     log = sample(base, tmp_path, letters, steps=12, rate=3e-2, beta=1e-3)
     assert "kl runs away" in names(log)
-
-
-def test_a_reward_that_falls_off_a_cliff(base, tmp_path):
-    def hot(step):
-        return 1 if step < 20 else 300
-
-    log = sample(base, tmp_path, asks, steps=36, schedule=hot)
-    assert "reward fell" in names(log)
-    assert "reward fell" not in names(log[:20])

@@ -47,13 +47,6 @@ def test_a_terminal_gets_some_ten_lines(capsys):
     assert lines[-1].startswith("step 64 of 64, 32.0 s: loss 0.01562")
 
 
-def test_pace_leaves_out_the_first_step():
-    assert [progress.pace(rows(n)) for n in (0, 1, 2, 60)] == [0.0, 0.5, 0.5, 0.5]
-    assert progress.pace([{"step": 1, "seconds": 9.0}, *rows(30)[1:]]) == 0.5
-    slow_start = [{"step": 1, "seconds": 9.0}, {"step": 3, "seconds": 10.0}]
-    assert progress.pace(slow_start) == 0.5
-
-
 def test_a_screen_is_that_of_the_thread_and_of_the_innermost_block():
     outer, inner, elsewhere = progress.Screen(), progress.Screen(), []
     with progress.on(outer):

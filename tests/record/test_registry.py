@@ -1,6 +1,4 @@
-"""rlnb.record.runs between notebooks: one call to compare, and what is left of a
-training that was interrupted.
-"""
+"""rlnb.record.runs between notebooks: who made a run, and what is left of a training that was interrupted."""
 
 import contextlib
 import json
@@ -23,17 +21,6 @@ def record(seed=0, parent=None, method="sft", **config):
     with runs.start(method, config=config, seed=seed, parent=parent) as run:
         run.finish(strict={"k": 3, "n": 4})
     return run
-
-
-def test_what_differs_between_runs_is_one_call():
-    a, b = record(rank=8, max_steps=4, beta=0.1), record(rank=16, max_steps=4, seed=1)
-    assert runs.differences([a, b]) == {
-        a.id: {"rank": 8, "beta": 0.1, "seed": 0}, b.id: {"rank": 16, "beta": None, "seed": 1}
-    }  # fmt: skip
-    assert runs.differences([a]) == {a.id: {}} and runs.differences([]) == {}
-    child = record(rank=8, max_steps=4, beta=0.1, parent=a)
-    assert runs.differences([a, child]) == {a.id: {"parent": None}, child.id: {"parent": a.id}}
-
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_a_notebook_gets_one_output_that_is_drawn_anew(monkeypatch):
     (output,) = shown
     assert output.output_type == "display_data" and "<img" in output.data["text/html"]
     assert "step 20 of 20" in output.data["text/html"]
-    assert len(output.data["text/plain"].splitlines()) == 11
+    assert output.data["text/plain"].startswith("step 20 of 20")
     assert after[0].text == "Lines\n"  # under `rlnb run` nobody looks
 
 

@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from rlnb.tools import check_machine
 from rlnb.tools import setup as environments
 
@@ -29,7 +27,7 @@ def test_broken_packages_are_what_it_reports(tmp_path):
     path = os.pathsep.join([str(tmp_path), str(environments.ROOT)])
     done = subprocess.run(DOCTOR, capture_output=True, text=True, env=here(PYTHONPATH=path), timeout=300)
     assert done.returncode == 1 and not done.stderr
-    for look in ("cores", "gpu", "backend"):
+    for look in ("gpu", "backend"):
         line = next(line for line in done.stdout.splitlines() if line.split()[1] == look)
         assert line.startswith("PROBLEM") and "libcudart.so.13" in line
 
@@ -38,7 +36,7 @@ def test_missing_packages_are_what_it_reports():
     code = f"import sys; sys.path.insert(0, {str(environments.ROOT)!r})\n"
     code += "from rlnb.tools import check_machine; print(check_machine.report())"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
-    assert not done.stderr and "missing: torch, transformers" in done.stdout
+    assert not done.stderr and "torch missing, transformers missing" in done.stdout
 
 
 def test_versions_are_held_against_the_requirement_files(monkeypatch, tmp_path):
@@ -50,14 +48,4 @@ def test_versions_are_held_against_the_requirement_files(monkeypatch, tmp_path):
     assert "not as tested: psutil " in saw and level == "advice" and "setup" in do
     (tmp_path / "requirements.txt").write_text("no-such-package==1  # is not there\n")
     saw, level, do = check_machine.versions()
-    assert "missing: no-such-package" in saw and level == "problem" and "setup" in do
-
-
-def test_more_threads_than_cores_are_seen():
-    torch = pytest.importorskip("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(4 * os.cpu_count())
-    try:
-        assert check_machine.cores()[1] == "advice"
-    finally:
-        torch.set_num_threads(before)
+    assert "no-such-package missing" in saw and level == "problem" and "setup" in do

@@ -53,7 +53,7 @@ def test_rows_come_back_from_their_file(tmp_path):
     made = rows() + rows("ORPO from base")
     file = tmp_path / "rows.csv"
     file.write_text(experiments.text(made), encoding="utf-8")
-    assert compare.read(file) == made
+    assert experiments.read(file) == made
     assert file.read_text().startswith("method,seed,labels,")
 
 
@@ -83,7 +83,7 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
     first = compare.row("SFT", 0)
     out.write_text(experiments.text([first]), encoding="utf-8")
     both = experiments.run_grid(compare.row, ["SFT", "SFT, best of 8"], 1, out, resume=True)
-    assert both[0] == first == compare.read(out)[0] and len(both) == 2
+    assert both[0] == first == experiments.read(out)[0] and len(both) == 2
     assert first["kl"] == 0 and first["id_n"] == 16 and both[1]["train_seconds"] == 0
 
 
@@ -109,7 +109,7 @@ def test_what_is_asked_for_is_done_side_by_side_and_kept_in_order(tmp_path, monk
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # set again by what is tested
     out = tmp_path / "rows.csv"
     both = experiments.run_grid(compare.row, ["base", "SFT"], 1, out, jobs=2, first="SFT")
-    assert [r["method"] for r in both] == ["base", "SFT"] and compare.read(out) == both
+    assert [r["method"] for r in both] == ["base", "SFT"] and experiments.read(out) == both
     assert both[0]["kl"] > both[1]["kl"] == 0
 
 
@@ -121,11 +121,9 @@ def test_points_say_none_for_what_has_none():
     assert str(compare.points(some, "kl")["SFT"][1].mean)[:4] == "52.0"
 
 
-def test_the_picture_carries_the_digest_of_its_rows(tmp_path):
+def test_the_picture_is_drawn(tmp_path):
     compare.draw(rows(), tmp_path / "rows.png")
-    picture = (tmp_path / "rows.png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and compare.digest(rows()).encode() in picture
-    assert compare.digest(rows(labels=7)) != compare.digest(rows())
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_equal_budgets(monkeypatch):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -45,8 +46,7 @@ def test_a_notebook_runs_here_and_is_written_back_clean(tmp_path, out, capsys, m
     monkeypatch.setenv("PARENT", sys.executable)
     assert notebooks.execute_all([str(path)], out=out, write=True) == 0
     printed = capsys.readouterr().out
-    assert "lesson: " in printed and (out / "lesson.html").as_uri() in printed
-    assert "sft 33.3 %" in printed and re.search(r"^1 of 1 in \d+ s, 1 at a time$", printed, re.MULTILINE)
+    assert re.search(rf"^lesson: [\d.]+ s, ok\n1 of 1 in \d+ s, 1 at a time; see {out}$", printed)
     assert "(a widget, alive in JupyterLab)" in (out / "lesson.html").read_text()
 
     notebook = nbformat.read(path, as_version=4)
@@ -90,9 +90,7 @@ def test_two_at_a_time(tmp_path, out, capsys):
     assert notebooks.execute_all([str(path) for path in paths], out=out, write=True, jobs=2) == 1
     printed = capsys.readouterr().out
     assert "wrong: " in printed and "ZeroDivisionError" in printed
-    assert re.search(r"^3 of 3 in \d+ s, 2 at a time$", printed, re.MULTILINE)
-    table = printed[printed.index("notebook ") :].splitlines()
-    assert [line.split()[0] for line in table[1:4]] == ["one", "two", "wrong"]
+    assert re.search(r"^3 of 3 in \d+ s, 2 at a time", printed, re.MULTILINE)
     assert nbformat.read(paths[0], as_version=4).cells[1].outputs[0].text == "1\n"
 
 
@@ -104,7 +102,8 @@ def test_two_at_a_time(tmp_path, out, capsys):
 def test_how_many_at_a_time(names, write, profile, cores, jobs, monkeypatch):
     monkeypatch.setenv("RLNB_PROFILE", profile)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert notebooks.usual_jobs(names, write) == jobs
+    monkeypatch.setattr(notebooks, "execute_all", lambda *arguments: arguments[-1])
+    assert notebooks.main(SimpleNamespace(names=names, write=write, out=None, jobs=None), []) == jobs
 
 
 def test_a_kernel_that_dies_is_a_failure(tmp_path, out, capsys, monkeypatch):
