@@ -16,6 +16,7 @@ from typing import Any
 from rlnb.record import runs
 
 MIN_LOGS = 6  # fewer show no trend
+APART = 0.02  # nats: at step 1 the policy is its reference, and what differs is rounding
 Saw = Iterator[tuple[str, str]]
 
 
@@ -104,6 +105,10 @@ def _policy(curve: Curve) -> Saw:
         if bad := [name for name, v in watched.items() if isinstance(v, float) and not math.isfinite(v)]:
             yield "not a number", f"{', '.join(bad)} at step {row.get('step', '?')}"
             break
+    first = next((row for row in curve.rows if row.get("step") == 1 and "nll_loss" not in row), {})  # ORPO has none
+    apart = {name: first[name] for name in ("kl", "rewards/chosen", "rewards/rejected") if first.get(name)}
+    if off := [f"{name} {v:.2g}" for name, v in apart.items() if isinstance(v, float) and abs(v) > APART]:
+        yield "another reference", f"{', '.join(off)} at step 1, before anything was learnt"
     (start, reward), (before, entropy) = curve.ends("reward"), curve.ends("entropy")
     silent, spread = curve.ends("frac_reward_zero_std")[1], curve.ends("reward_std")[1]
     cut, length = curve.ends("completions/clipped_ratio")[1], curve.ends("completions/mean_length")[1]
@@ -122,6 +127,9 @@ def _policy(curve: Curve) -> Saw:
         yield "kl runs away", f"kl {first_kl:.2g} -> {kl:.2g} nats per token{curve.rate}"
     if entropy * length <= 0.2 < before * length:  # exp(-0.2) = 0.8: eight samples in ten are the same text
         yield "entropy collapsed", f"{before:.2g} -> {entropy:.2g} nats per token, for {length:.0f} tokens"
+    # Healthy runs have ended with 1.8 times the entropy. A model that stays as it is has met other prompts.
+    if entropy >= max(2 * before, before + 0.05) and not curve.gradient < 1e-7:
+        yield "more random", f"entropy {before:.2g} -> {entropy:.2g} nats per token{curve.rate}"
 
 
 def _rewards(curve: Curve) -> Saw:
@@ -157,6 +165,8 @@ SYMPTOMS = {  # name: level, what it means, what to do
         f"Look for rows without a token of completion (max_length), and for fp16 that overflows. {COOLER}"),
     "nothing moved": ("problem", "The model is what it was before.", "See that the adapter trains (trainable), that "
         "rewards or sides differ, that max_length leaves completions, and that the learning rate is above 0."),
+    "another reference": ("problem", "The policy was not what it is measured from when training began.",
+        "Start from the adapter that the reference has, and leave adapters alone once the trainer is made."),
     "worse than before": ("problem", "It has unlearnt more than it has learnt, or it is paid for something else.",
         f"Read completions. {COOLER} Or fewer steps, a higher beta, pairs that the model itself wrote."),
     "silent groups": ("problem", "All completions of a prompt get the same reward: every advantage is 0.",
@@ -171,6 +181,8 @@ SYMPTOMS = {  # name: level, what it means, what to do
     "reward hacking": ("problem", "It has found a way to be paid without that.",
         f"Read completions. Pay for the rest only where that is earned, or weigh it higher. {COOLER}"),
     "loss jumped": ("problem", "It fits its own training data worse than before.", f"Start again. {COOLER}"),
+    "more random": ("problem", "Training makes a model surer. This one comes apart.",
+        f"{COOLER} A higher beta keeps a policy near its reference."),
     "chosen falls": ("problem", "The margin grows because the rejected side falls faster. A little of that is normal "
         "for DPO; here it unlearns what you prefer.",
         f"{COOLER} Or a higher beta, fewer steps, pairs that the model itself wrote."),

@@ -16,7 +16,7 @@ import ipywidgets
 
 from rlnb import machine
 from rlnb.model import LoRA, memory, resolve
-from rlnb.model.folders import base_name
+from rlnb.model.folders import base_name, read_saved
 from rlnb.model.lora import VLLM_RANKS, check_rank
 from rlnb.profiles import model_name, profile
 from rlnb.record import progress, runs
@@ -37,15 +37,23 @@ _BUSY = threading.Lock()  # one training at a time: they share the cores and the
 class Panel(live.Drawn):
     """A panel for one method of rlnb.train.methods.METHODS; its knobs begin at the recipe's values.
 
-    data: as ``train`` takes it. settings: arguments of the method's config to begin with, and those without a
-    knob to keep. knobs: ipywidgets with a value, by name.
+    start, data, reward, problems: as ``train`` takes them. settings: arguments of the method's config to begin
+    with, and those without a knob to keep. knobs: ipywidgets with a value, by name.
     """
 
-    def __init__(self, method: str, *, seed: int = 0, data: Any = None, **settings: Any) -> None:
-        self.usual = recipe(method) | settings
-        self.method, self.data, self.lora = method, data, adapter(method)
-        self.start = methods.METHODS[method].start
-        own = ("rank",) if self.start == "sft" else ("rank", "alpha")  # SFT's adapter keeps its alpha
+    def __init__(
+        self, method: str, *, seed: int = 0, start: Any = None, data: Any = None, reward: Any = None,
+        problems: Any = None, **settings: Any,
+    ) -> None:  # fmt: skip
+        self.usual = recipe("grpo_from_base" if (method, start) == ("grpo", "base") else method) | settings
+        if reward is not None and "reward_weights" not in settings:
+            self.usual.pop("reward_weights", None)  # they are for the usual rewards
+        self.method, self.lora, self.start = method, adapter(method), start or methods.METHODS[method].start
+        self.given = dict(start=start, data=data, reward=reward, problems=problems)
+        own = {"base": ("rank", "alpha"), "sft": ("rank",)}.get(self.start, ())  # SFT's adapter keeps its alpha
+        if not own:  # a saved adapter keeps both
+            _, saved = read_saved(start.adapter if isinstance(start, runs.Run) else start)
+            self.lora = LoRA(rank=saved["r"], alpha=saved["lora_alpha"])
         self.first = {key: getattr(self.lora, key) for key in own} | {"max_lora_rank": 64}
         self.first |= {key: self.usual[key] for key, value in recipe(method).items()
                        if type(value) in (int, float) and key not in NO_KNOB} | {"seed": seed}  # fmt: skip
@@ -110,7 +118,7 @@ class Panel(live.Drawn):
         self._tell()
         self.ended.clear()
         arguments = {key: self.knobs[key].value for key in ("seed", "max_lora_rank")} | {"lora": self.adapter}
-        arguments |= {"data": self.data} | self.settings
+        arguments |= self.given | self.settings
         threading.Thread(target=self._work, args=(arguments,), daemon=True).start()
         if wait:
             self.wait()

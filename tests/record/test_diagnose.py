@@ -93,7 +93,7 @@ def test_real_healthy_runs_are_silent(table):
 
 def test_ppo_that_leaves_its_reference_and_what_the_reward_model_cannot_see():
     saw = found(rows(PPO_TOO_HOT))
-    assert set(saw) == {"kl runs away", "reward hacking"}
+    assert set(saw) == {"kl runs away", "reward hacking", "more random"}
     assert saw["kl runs away"] == "kl 0 -> 0.83 nats per token"
     assert saw["reward hacking"].endswith("but correctness 0.44 at best, 0.05 now")
     assert "kl runs away" not in found(rows(PPO_TOO_HOT)[:8])  # it had not yet
@@ -173,3 +173,18 @@ def test_runs_that_did_not_end_by_themselves():
     code = "import os; from rlnb.record import runs; run = runs.start('sft'); run.__enter__(); os._exit(1)"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     assert diagnose.run(runs.find(status="lost")[0])[0].saw.startswith("lost")
+
+
+def test_a_reference_that_is_not_where_the_policy_began():
+    log = [{"step": s + 1} | row for s, row in enumerate(rows(KTO))]
+    assert found(log) == {}
+    log[0] |= {"rewards/chosen": -0.3, "kl": 0.0}
+    assert found(log) == {"another reference": "rewards/chosen -0.3 at step 1, before anything was learnt"}
+    assert "another reference" not in found(log[1:])  # somebody logs seldom
+
+
+def test_a_model_that_stays_as_it_is_does_not_get_more_random():
+    """Nothing but the prompts can have changed its entropy."""
+    log = [{"loss": 0.0, "reward": 0.5, "entropy": 0.1 * (step + 1)} for step in range(12)]
+    assert "more random" in found([row | {"grad_norm": 1.0} for row in log]) and "more random" in found(log)
+    assert set(found([row | {"grad_norm": 0.0} for row in log])) == {"nothing moved"}
