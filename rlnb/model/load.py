@@ -52,8 +52,9 @@ def load_model(
     # 1. check
     base, kind, adapter, folder = resolve(name), backend(), None, None
     config = AutoConfig.from_pretrained(base)
+    empty = skeleton(config)
     if lora is not None:
-        adapter, folder = _adapter(lora, base, config, max_lora_rank)
+        adapter, folder = _adapter(lora, base, empty, max_lora_rank)
     rank = adapter and largest_rank(adapter)
     if load_in_4bit and (kind != "unsloth-gpu" or rank is None):
         says = "needs Unsloth on a GPU and an adapter, which alone trains"
@@ -62,7 +63,7 @@ def load_model(
     options["load_in_4bit"] = load_in_4bit
     if kind == "unsloth-gpu" and base_name(base) != PRACTICE:  # elsewhere it is time that is short, not memory
         options["use_gradient_checkpointing"] = "unsloth"
-    _check_layers(base, config)
+    _check_layers(base, empty)
     # 2. load
     with quiet(bars=not Path(base).is_dir()):
         model, tokenizer = _load(base, kind, options)
@@ -83,19 +84,19 @@ def trainable(model: torch.nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-def _check_layers(base: str, config: Any) -> None:
-    """Raise ValueError for a layer of the config that no file has: transformers would take random numbers."""
+def _check_layers(base: str, empty: torch.nn.Module) -> None:
+    """Raise ValueError for a layer of the skeleton that no file has: transformers would take random numbers."""
     layers = set()
     for file in sorted(Path(base).glob("*.safetensors")):  # none where the model is of the hub
         with opened(file) as found:
             layers |= {match[0] for name in found.keys() if (match := LAYER.search(name))}  # noqa: SIM118
-    for name, _ in skeleton(config).named_parameters() if layers else ():
+    for name, _ in empty.named_parameters() if layers else ():
         if (layer := LAYER.search(name)) and layer[0] not in layers:
             raise ValueError(f"{base}: config.json has {layer[0]}, and no weights are there: it would be random")
 
 
-def _adapter(lora: Any, base: str, config: Any, most: int) -> tuple[LoraConfig, Path | None]:
-    """PEFT's config of the adapter, checked against the model's, and the folder of a saved one."""
+def _adapter(lora: Any, base: str, empty: torch.nn.Module, most: int) -> tuple[LoraConfig, Path | None]:
+    """PEFT's config of the adapter, checked against the model's skeleton, and the folder of a saved one."""
     if isinstance(lora, LoRA):
         folder, adapter = None, lora.config()
     elif isinstance(lora, str | os.PathLike):
@@ -105,7 +106,7 @@ def _adapter(lora: Any, base: str, config: Any, most: int) -> tuple[LoraConfig, 
     else:
         raise ValueError(f"lora is {lora!r}: it must be LoRA(...), an adapter's folder or None")
     check_rank(largest_rank(adapter), most)
-    layers = target_layers(skeleton(config), adapter.target_modules)
+    layers = target_layers(empty, adapter.target_modules)
     if not folder:
         check_rank(lora.rank, most, smallest_width(layers))
         adapter.target_modules = {name.split(".")[-1] for name in layers}

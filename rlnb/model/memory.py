@@ -38,7 +38,6 @@ class Prediction:
 def predict(
     model: str | os.PathLike[str] | Any, lora: LoRA | None = None, *, batch: int, length: int,
     dtype: str = "float32", autocast: bool = True, checkpointing: bool = False, max_lora_rank: int = 64,
-    load_in_4bit: bool = False,
 ) -> Prediction:  # fmt: skip
     """The memory that training with torch's Adam takes, for a decoder of Llama's kind. No weights are read.
 
@@ -46,8 +45,7 @@ def predict(
     batch: sequences per forward pass, of `length` tokens each, prompt and padding included.
     dtype: of the weights; an adapter is in float32. autocast: matrix products in bfloat16 (bf16=True).
     checkpointing: keep each layer's input alone, and compute the rest again in the backward pass.
-    max_lora_rank: for vLLM, which takes the next of its own ranks. load_in_4bit: all linear layers but the output
-        layer, at 4.13 bits a weight (QLoRA's double quantization). Raises ValueError for a config of no causal LM.
+    max_lora_rank: for vLLM, which takes the next of its own ranks. Raises ValueError for a config of no causal LM.
     """
     if dtype not in BYTES:
         raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(BYTES)}")
@@ -56,7 +54,6 @@ def predict(
     total = sum(parameter.numel() for parameter in empty.parameters())  # tied ones count once
     linear, layers = target_layers(empty, "all-linear"), target_layers(empty, lora.targets) if lora else {}
     added = lora.rank * _widths(layers) if lora else 0  # A is (rank, inputs), B is (outputs, rank)
-    quantized = sum(inputs * outputs for inputs, outputs in linear.values()) if load_in_4bit else 0
     trainable, width = (added, 4) if lora else (total, BYTES[dtype])
     copies = 2 * sum(inputs * outputs for inputs, outputs in linear.values()) if autocast else 0
     ranks, heads = lora.rank * len(layers) if lora else 0, config.num_attention_heads
@@ -67,7 +64,7 @@ def predict(
         saved += (1 if checkpointing else config.num_hidden_layers) * heads * length * 6
     return Prediction(
         parameters=total + added, trainable=trainable, adapter_file=4 * added,
-        weights=(total - quantized) * BYTES[dtype] + int(quantized * 4.127 / 8) + added * 4 + copies,
+        weights=total * BYTES[dtype] + added * 4 + copies,
         gradients=trainable * width, optimizer=trainable * width * 2, activations=batch * length * saved,
         logits=batch * length * config.vocab_size * (16 if autocast else 12),
         vllm=2 * vllm_rank(max_lora_rank) * _widths(linear),  # in 16 bits, on every linear layer

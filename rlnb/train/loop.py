@@ -25,7 +25,7 @@ from rlnb.model.folders import base_name, load_weights, save_adapter, weights
 from rlnb.record import progress, runs
 from rlnb.record.values import jsonable, number
 from rlnb.task.problems import Problem
-from rlnb.task.rewards import RewardError, checked
+from rlnb.task.rewards import checked
 from rlnb.train import preflight
 
 import torch
@@ -160,22 +160,11 @@ def _resumed(asked: dict[str, Any], run: runs.Run | str) -> tuple[AbstractContex
 
 
 def _guard_rewards(trainer: Trainer) -> None:
-    """Let no NaN and no missing number into a training unseen. PPOTrainer guards its own."""
+    """Let no NaN into a training unseen. PPOTrainer guards its own; of None for all, TRL's trainers learn nothing."""
     rewards = getattr(trainer, "reward_funcs", [])
     for i, reward in enumerate(rewards):
         if not isinstance(reward, torch.nn.Module) and not inspect.iscoroutinefunction(reward):
             rewards[i] = checked(reward)
-    calculate = getattr(trainer, "_calculate_rewards", None)  # TRL's, which takes None from all of them for a 0
-
-    def judged(inputs: list, prompts: list, completions: list, *rest: Any) -> torch.Tensor:
-        found = calculate(inputs, prompts, completions, *rest)  # (rows, functions), NaN for None
-        if unjudged := found.isnan().all(1).nonzero().flatten().tolist():
-            text = f"{completions[unjudged[0] % len(completions)]!r:.60}"
-            raise RewardError(f"no reward judged the completion {text}: each returned None. Let one of them judge all")
-        return found
-
-    if calculate:
-        trainer._calculate_rewards = judged
 
 
 def settings(trainer: Trainer, data: Any) -> dict[str, Any]:

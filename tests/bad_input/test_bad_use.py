@@ -122,7 +122,6 @@ ANNOTATED = {"one": [ROW], "two": [ROW]}
     (lambda h: h.kl([]), ValueError, "0 prompt", "two or more"),
     (lambda h: h.kl(CHAT), ValueError, "1 prompt", "two or more"),
     (lambda h: h.kl(model=h.plain), ValueError, "no adapter to disable", "pass reference="),
-    (lambda h: h.kl(n=0), ValueError, "n is 0", "at least 1"),
     (lambda h: h.kl(max_new_tokens=0), ValueError, "max_new_tokens is 0", "at least 1"),
     (lambda h: h.kl("prompts"), TypeError, "a list of conversations, not prompts"),
     (lambda h: judge.auc([], [1.0]), ValueError, "0 right and 1 wrong scores", "each needs one"),

@@ -9,6 +9,7 @@ import random
 from rlnb.model import LoRA, load_model, sampling
 from rlnb.task import rewards
 from rlnb.train import ppo
+from rlnb.train.ppo.rollouts import lay_out
 
 import torch
 import transformers
@@ -77,10 +78,15 @@ def config(folder, **settings):
 
 def build(loaded, folder, reward=digits, data=None, rollout=script, callbacks=None, **settings):
     model, tokenizer = loaded
-    return ppo.PPOTrainer(
-        model, config(folder, **settings), reward, data or prompts(), tokenizer,
-        rollout_func=rollout, callbacks=callbacks,
-    )  # fmt: skip
+    trainer = ppo.PPOTrainer(
+        model, config(folder, **settings), reward, data or prompts(), tokenizer, callbacks=callbacks
+    )
+    if rollout:  # in the place of samples
+        pad = trainer.processing_class.pad_token_id or 0
+        trainer._roll_out = lambda rows: lay_out(
+            rollout([row["prompt"] for row in rows], trainer), trainer.end_tokens, pad, trainer.accelerator.device
+        )
+    return trainer
 
 
 def batch_of(trainer, n=8, advantages=True):

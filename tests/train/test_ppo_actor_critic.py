@@ -24,7 +24,7 @@ def base(tmp_path_factory):
 
 def laid_out(prompt_ids, completion_ids, pad=PAD):
     found = {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
-    return lay_out(prompt_ids, found, {END}, pad)
+    return lay_out(found, {END}, pad)
 
 
 @pytest.mark.parametrize("kind", ("llama", "mistral", "gpt2", "gemma2"))

@@ -35,18 +35,11 @@ class Rollouts:
     returns_BT: Tensor | None = None
 
 
-def lay_out(
-    prompts: Sequence, found: Mapping[str, list], ends: set[int], pad: int, device: Any = None
-) -> Rollouts:
-    """A batch of what a rollout function has returned. ValueError unless that is one row per prompt.
+def lay_out(found: Mapping[str, list], ends: set[int], pad: int, device: Any = None) -> Rollouts:
+    """A batch of what `sampling.rollout` has returned, a row for each prompt.
 
     Lengths come from the lists, so that the end token may well be the one that pads.
     """
-    for key in ("prompt_ids", "completion_ids"):
-        sizes = [len(ids) for ids in found[key]]
-        if len(sizes) != len(prompts) or not all(sizes):
-            says = "PPO takes one row for each, of at least 1 token"
-            raise ValueError(f"rollout_func returned {key} of {sizes} tokens for {len(prompts)} prompts: {says}")
     start_B, size_B = (
         torch.tensor([len(ids) for ids in found[key]], device=device)
         for key in ("prompt_ids", "completion_ids")

@@ -7,27 +7,34 @@ checkpoints, callbacks, several processes) is transformers' Trainer. TRL has had
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from rlnb import files
 from rlnb.model import sampling
+from rlnb.model.folders import load_weights
 from rlnb.train.ppo import formulas, reward
-from rlnb.train.ppo.actor_critic import ActorCritic, Reference, check_policy, has_adapter
-from rlnb.train.ppo.base import ActorCriticTrainer
+from rlnb.train.ppo.actor_critic import POLICY, REFERENCE, ActorCritic, Reference, check_policy, has_adapter
 from rlnb.train.ppo.config import PPOConfig
 from rlnb.train.ppo.rollouts import Rollouts, lay_out, put, summary
 
 import torch
 from accelerate.utils import set_seed
+from peft import PeftModel
+from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers import Trainer
 from trl.trainer.utils import disable_dropout_in_model
 
 UPDATE_METRICS = ("loss", "policy/loss", "policy/approx_kl", "policy/clipfrac", "policy/ratio", "value/loss")
+HEAD = "value_head.safetensors"  # in a checkpoint, beside the adapter
 
 
-class PPOTrainer(ActorCriticTrainer):
+class PPOTrainer(Trainer):
     """Proximal policy optimization with a critic, for causal language models with or without LoRA.
 
     model: a PEFT model, whose adapter "default" trains (`rlnb.model.load_model`), or a model that trains
@@ -35,15 +42,15 @@ class PPOTrainer(ActorCriticTrainer):
         Its dropout is set to 0.
     reward_funcs: one or a list, see `reward.sources`; args.reward_weights weighs them.
     train_dataset: with a column "prompt" of strings or of messages. Other columns go to the reward functions.
-    rollout_func: (prompts, trainer) -> {"prompt_ids": ..., "completion_ids": ...}, as TRL's GRPOTrainer
-        takes it. The settings of sampling are attributes of the trainer.
 
+    Callbacks, checkpoints and the user see self.model, a transformers or PEFT model. The `model` in Trainer's
+    loop is the actor-critic, so that gradients of both are clipped and, over several processes, averaged together.
     Raises ValueError or TypeError, before anything is sampled, for what cannot work together.
     """
 
     def __init__(
         self, model: Any, args: PPOConfig, reward_funcs: Any, train_dataset: Any, processing_class: Any,
-        callbacks: list | None = None, rollout_func: Callable[[list, Any], dict[str, list]] | None = None,
+        callbacks: list | None = None,
     ):  # fmt: skip
         check_policy(model)
         self.micro_batch_size = args.per_device_train_batch_size
@@ -67,13 +74,16 @@ class PPOTrainer(ActorCriticTrainer):
             model=model, args=args, train_dataset=train_dataset, data_collator=list,
             processing_class=processing_class, callbacks=callbacks,
         )  # fmt: skip
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.n_gpu > 1:
+            says = "one device, or several with one process and a complete model on each (accelerate launch)"
+            raise ValueError(f"PPOTrainer works on {says}: not with DeepSpeed, FSDP or DataParallel")
+        self._metrics: dict[str, list[float]] = defaultdict(list)
         self.reward_weights = torch.tensor(weights, device=self.accelerator.device)
         self.actor_critic = ActorCritic(model, args.temperature)
         # With LoRA the KL costs a forward pass, and is logged even where it has no weight.
         self.reference = Reference(self.actor_critic) if has_adapter(model) or args.kl_coef else None
         self.end_tokens = sampling.end_tokens(model, processing_class)
-        # What `sampling.rollout` and others of its kind ask a trainer for:
-        self.rollout_func = rollout_func or sampling.rollout
+        # What `sampling.rollout` asks a trainer for:
         self.max_completion_length, self.temperature = args.max_completion_length, args.temperature
         self.chat_template, self.chat_template_kwargs = None, {}
         set_seed(args.seed, device_specific=True)  # each process samples in its own way
@@ -118,8 +128,7 @@ class PPOTrainer(ActorCriticTrainer):
 
     def _roll_out(self, rows: list[dict]) -> Rollouts:
         prompts, pad = [row["prompt"] for row in rows], self.processing_class.pad_token_id or 0
-        found = self.rollout_func(prompts, self)
-        return lay_out(prompts, found, self.end_tokens, pad, self.accelerator.device)
+        return lay_out(sampling.rollout(prompts, self), self.end_tokens, pad, self.accelerator.device)
 
     def _score(self, batch: Rollouts, rows: list[dict]) -> None:
         with self.accelerator.autocast():
@@ -208,3 +217,72 @@ class PPOTrainer(ActorCriticTrainer):
         change_N = log_probs_N.detach() - old_N
         approx_kl_N = torch.expm1(change_N) - change_N
         return policy_N + args.vf_coef * value_N, [policy_N, approx_kl_N, clipped_N, change_N.exp(), value_N]
+
+    # --- Trainer's loop, with a critic beside its model --------------------------------------------
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        return self.accelerator.prepare(self.actor_critic) if model is self.model else model
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's optimizer, with the critic's head in a group of its own."""
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            rate, head = self.args.value_learning_rate, list(self.actor_critic.value_head.parameters())
+            self.optimizer.add_param_group({"params": head, "lr": rate, "weight_decay": 0.0})
+        return self.optimizer
+
+    def step_optimizer(self, model: Any) -> None:
+        """An update within a step; Trainer's loop makes the last one of each."""
+        if self.args.max_grad_norm:
+            self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        model.zero_grad()
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return self.accelerator.reduce(x, "sum")
+
+    # --- logs ------------------------------------------------------------------------------------
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Figures for the next log, which has their means."""
+        for name, value in metrics.items():
+            self._metrics[name].append(float(value))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **{name: sum(v) / len(v) for name, v in self._metrics.items()}}
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._metrics.clear()  # of steps after the last log of an earlier call
+        return super().train(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Policy and reference in PEFT's format, or the full model; beside it the critic's head."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if has_adapter(self.model):
+            # The class's own method: Unsloth puts another on the instance.
+            PeftModel.save_pretrained(
+                self.model, str(folder), selected_adapters=[POLICY, REFERENCE], save_embedding_layers=False
+            )
+            self.processing_class.save_pretrained(folder)
+        else:
+            super()._save(str(folder), state_dict)
+        head = self.actor_critic.value_head.state_dict()
+        files.write(folder / HEAD, save({name: x.detach().cpu() for name, x in head.items()}))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if not (folder / HEAD).is_file():
+            raise FileNotFoundError(f"{folder} is no checkpoint of PPOTrainer: it has no {HEAD}")
+        if has_adapter(self.model):
+            load_weights(self.model, folder, POLICY, trainable=True)
+            load_weights(self.model, folder / REFERENCE, REFERENCE, trainable=False)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.actor_critic.value_head.load_state_dict(load_file(folder / HEAD))
