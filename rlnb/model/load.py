@@ -4,7 +4,6 @@ without Unsloth, or on macOS, through plain transformers and PEFT.
 
 import importlib.util
 import os
-import re
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlnb.model import attention
 from rlnb.model.backends import backend, quiet, say_once
-from rlnb.model.folders import base_name, load_weights, opened, read_saved, resolve
+from rlnb.model.folders import base_name, load_weights, read_saved, resolve
 from rlnb.model.lora import (
     MAX_LORA_RANK, LoRA, check_positive_int, check_rank, largest_rank, skeleton,
     smallest_width, target_layers, vllm_rank,
@@ -24,7 +23,6 @@ from rlnb.model.lora import (
 from rlnb.profiles import PRACTICE
 
 MAX_LENGTH = 2048  # tokens, where the caller names none and the model takes that many
-LAYER = re.compile(r"\w+\.\d+")  # in the name of a weight, as layers.3
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 # What Unsloth's get_peft_model fills in itself; it takes the other fields of LoraConfig one by one.
 FILLED_IN = {"task_type", "peft_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
@@ -52,9 +50,8 @@ def load_model(
     # 1. check
     base, kind, adapter, folder = resolve(name), backend(), None, None
     config = AutoConfig.from_pretrained(base)
-    empty = skeleton(config)
     if lora is not None:
-        adapter, folder = _adapter(lora, base, empty, max_lora_rank)
+        adapter, folder = _adapter(lora, base, config, max_lora_rank)
     rank = adapter and largest_rank(adapter)
     if load_in_4bit and (kind != "unsloth-gpu" or rank is None):
         says = "needs Unsloth on a GPU and an adapter, which alone trains"
@@ -63,7 +60,6 @@ def load_model(
     options["load_in_4bit"] = load_in_4bit
     if kind == "unsloth-gpu" and base_name(base) != PRACTICE:  # elsewhere it is time that is short, not memory
         options["use_gradient_checkpointing"] = "unsloth"
-    _check_layers(base, empty)
     # 2. load
     with quiet(bars=not Path(base).is_dir()):
         model, tokenizer = _load(base, kind, options)
@@ -84,19 +80,8 @@ def trainable(model: torch.nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-def _check_layers(base: str, empty: torch.nn.Module) -> None:
-    """Raise ValueError for a layer of the skeleton that no file has: transformers would take random numbers."""
-    layers = set()
-    for file in sorted(Path(base).glob("*.safetensors")):  # none where the model is of the hub
-        with opened(file) as found:
-            layers |= {match[0] for name in found.keys() if (match := LAYER.search(name))}  # noqa: SIM118
-    for name, _ in empty.named_parameters() if layers else ():
-        if (layer := LAYER.search(name)) and layer[0] not in layers:
-            raise ValueError(f"{base}: config.json has {layer[0]}, and no weights are there: it would be random")
-
-
-def _adapter(lora: Any, base: str, empty: torch.nn.Module, most: int) -> tuple[LoraConfig, Path | None]:
-    """PEFT's config of the adapter, checked against the model's skeleton, and the folder of a saved one."""
+def _adapter(lora: Any, base: str, config: Any, most: int) -> tuple[LoraConfig, Path | None]:
+    """PEFT's config of the adapter, checked against the model's, and the folder of a saved one."""
     if isinstance(lora, LoRA):
         folder, adapter = None, lora.config()
     elif isinstance(lora, str | os.PathLike):
@@ -106,7 +91,7 @@ def _adapter(lora: Any, base: str, empty: torch.nn.Module, most: int) -> tuple[L
     else:
         raise ValueError(f"lora is {lora!r}: it must be LoRA(...), an adapter's folder or None")
     check_rank(largest_rank(adapter), most)
-    layers = target_layers(empty, adapter.target_modules)
+    layers = target_layers(skeleton(config), adapter.target_modules)
     if not folder:
         check_rank(lora.rank, most, smallest_width(layers))
         adapter.target_modules = {name.split(".")[-1] for name in layers}

@@ -16,7 +16,6 @@ from rlnb.task.grading import Grade, grade
 
 Completion = str | Sequence[Mapping[str, Any]]
 Reward = Callable[..., list[float | None]]
-Questions, Answers = Sequence[str] | None, Sequence[int] | None
 
 
 class RewardError(ValueError):
@@ -36,7 +35,7 @@ def text(completion: Completion) -> str:
 
 
 def correctness(
-    completions: Sequence[Completion], question: Questions = None, answer: Answers = None, **columns: Any
+    completions: Sequence[Completion], question: Sequence[str], answer: Sequence[int], **columns: Any
 ) -> list[float]:
     """1.0 for a completion in the strict format with the right answer and a true trace, else 0.0.
 
@@ -46,7 +45,7 @@ def correctness(
 
 
 def answer_only(
-    completions: Sequence[Completion], question: Questions = None, answer: Answers = None, **columns: Any
+    completions: Sequence[Completion], question: Sequence[str], answer: Sequence[int], **columns: Any
 ) -> list[float]:
     """1.0 for the right final answer, in whatever style and by whatever way, else 0.0."""
     return [float(grade.correct) for grade in _grades("answer_only", completions, question, answer)]
@@ -57,15 +56,7 @@ def format_reward(completions: Sequence[Completion], **columns: Any) -> list[flo
     return [float(grade(text(completion), "", 0).format) for completion in completions]
 
 
-def _grades(name: str, completions, question: Questions, answer: Answers) -> list[Grade]:
-    n = len(completions)
-    for column, values in (("question", question), ("answer", answer)):
-        if values is None or len(values) != n:
-            got = "none" if values is None else len(values)
-            raise RewardError(
-                f"reward {name!r} needs the column {column!r} of the data set, a value for each of the "
-                f"{n} completions, and got {got} (rlnb.data.shapes.prompts has it)."
-            )
+def _grades(name: str, completions, question: Sequence[str], answer: Sequence[int]) -> list[Grade]:
     for row, value in enumerate(answer):
         # A right answer of another type equals no answer given: every reward would be 0.
         if isinstance(value, bool) or not hasattr(value, "__index__"):

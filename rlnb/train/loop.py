@@ -9,12 +9,10 @@ import hashlib
 import inspect
 import json
 import shutil
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,6 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 TRIM = 0.5  # seconds: how often at most a training gives freed memory back
 SAVE = 60.0  # seconds between checkpoints
-ALL_CUT = 10  # steps in a row without one completion that ended, after which a training is given up
 # What transformers' own arguments say of learning; the others are about folders, logs and devices.
 SHARED = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size",
           "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay",
@@ -57,7 +54,7 @@ def fit(
         checkpoint. One is written about every minute, and deleted when the run is done.
 
     Raises ValueError before anything is spent for what ``preflight.check`` finds, RewardError for a
-    reward that is no number. Ctrl-C, and what else asks the process to end, keeps what was learnt.
+    reward that is no number. Ctrl-C keeps what was learnt.
     """
     # 1. check
     if check:
@@ -95,30 +92,12 @@ def _train(trainer: Trainer, run: runs.Run, checkpoint: Path | None) -> None:
         # transformers 5.17 reads the adapters in folders below a checkpoint, such as DPO's "ref", and then leaves
         # out the policy's own, which lies in the checkpoint itself.
         load_weights(trainer.model, checkpoint, "default", trainable=True)
-    with run.timer("train"), _ended_by_signals():
+    with run.timer("train"):
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.remove_callback(recorder)
     if trainer.args.save_strategy == "no":  # else somebody asked for them
         for folder in run.folder.glob("checkpoint-*"):
             shutil.rmtree(folder)
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """What asks a process to end (a scheduler's SIGTERM, a terminal's SIGHUP) acts as Ctrl-C does."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():  # only there can it be set
-        names = []
-    before = {name: signal.signal(getattr(signal, name), stop) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
 
 
 # --- resuming ------------------------------------------------------------------------------------
@@ -213,7 +192,6 @@ class Recorder(TrainerCallback):
     def __init__(self, run: runs.Run):
         self.run, self.screen = run, progress.current_screen()
         self.rows = [row for row in run.curve() if progress.metrics(row)]  # of a run that goes on
-        self.cut = 0  # steps in a row whose completions were all cut off
         self.began = self.trimmed = self.saved = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -225,13 +203,6 @@ class Recorder(TrainerCallback):
             return
         numbers = {k: plain for k, v in (logs or {}).items() if (plain := number(v)) is not None}
         self.run.log(state.global_step, **numbers)
-        self.cut = self.cut + 1 if numbers.get("completions/clipped_ratio") == 1 else 0
-        if self.cut == ALL_CUT:
-            raise ValueError(
-                f"all completions of {ALL_CUT} steps were cut off at max_completion_length, at "
-                f"{numbers.get('completions/mean_length', 0):.0f} tokens: rewards judge half an answer. Raise it, or "
-                "teach the model to end first, with SFT"
-            )
         if progress.metrics(numbers):
             spent = time.perf_counter() - self.began
             self.rows.append({"step": state.global_step, "seconds": spent, **numbers})

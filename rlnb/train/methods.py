@@ -31,6 +31,11 @@ REWARD_MODEL = task.DATA.parent / "reward-model"
 Start = str | Path | runs.Run
 
 
+def later(module: str) -> Any:
+    """A module that some methods alone need, when they need it."""
+    return importlib.import_module(module)
+
+
 @dataclass(frozen=True)
 class Method:
     """Where the classes are, and what a run starts and learns from unless it is told otherwise."""
@@ -42,7 +47,7 @@ class Method:
 
     def classes(self) -> tuple[type, type]:
         """The config's and the trainer's."""
-        module = importlib.import_module(self.module)
+        module = later(self.module)
         return getattr(module, f"{self.name}Config"), getattr(module, f"{self.name}Trainer")
 
 
@@ -95,10 +100,8 @@ def train(
     )
     if method != "reward_model":
         return fit(method, trainer, data, start=start, problems=problems, check=check, resume=resume)
-    from rlnb.measure.judge import judge_pairs
-
     run = fit(method, trainer, data, problems=(), check=check, resume=resume)
-    unseen = judge_pairs(model, tokenizer, gold_pairs(held_out=True, seed=seed))
+    unseen = later("rlnb.measure.judge").judge_pairs(model, tokenizer, gold_pairs(held_out=True, seed=seed))
     run.finish(pair_accuracy=unseen.accuracy, pair_loss=unseen.loss)
     return run
 
@@ -128,9 +131,7 @@ def _config(method: str, start: Start, seed: int, reward: Any, settings: dict[st
 def _policy(method: str, start: Start, lora: LoRA, seed: int, max_lora_rank: int) -> tuple[Any, Any, Start | None]:
     """The model with its adapter, the tokenizer, and what the adapter came from (None: the base)."""
     if method == "reward_model":
-        from rlnb.model import reward_model
-
-        return *reward_model.load(model_name(), lora, seed=seed), None
+        return *later("rlnb.model.reward_model").load(model_name(), lora, seed=seed), None
     if start == "base":
         return *load_model(model_name(), lora, max_lora_rank=max_lora_rank, seed=seed), None
     if start == "sft":
@@ -148,8 +149,7 @@ def _rewards(method: str, seed: int, reward: Any) -> dict[str, Any]:
     elif reward is None and method == "ppo":
         reward = judge(seed)
     elif reward is None:
-        from rlnb.model import reward_model
-
+        reward_model = later("rlnb.model.reward_model")
         reward = reward_model.as_reward(*reward_model.load(model_name(), judge(seed)))
     return {"reward_funcs": reward} | ({"rollout_func": sampling.rollout} if method == "grpo" else {})
 

@@ -23,10 +23,6 @@ ERROR = 0.25  # of a predicted peak, up or down: how far rlnb.model.memory may b
 MIXED = 0.5  # of the batches with both labels that shuffled rows would have
 LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_generations": 2, "temperature": 1e-6,
          "max_completion_length": 1, "max_length": 1, "beta": 0.0, "learning_rate": 1e-12}  # fmt: skip
-# The best rate for LoRA on Llama models is said to be 10 x 5e-5 x (2000 / width)^0.781 (documentation
-# of Tinker, 2025): 2.5e-3 for the practice model, which takes 2e-3. A tenth of it for whole models,
-# and a tenth for DPO and KTO, which only nudge. Three times that broke most methods of this workbook.
-BASE, WIDTH, EXPONENT, HOT, COLD = 5e-4, 2000, 0.781, 3, 1 / 100
 
 
 def check(trainer: Any, data: Any = None) -> None:
@@ -120,7 +116,6 @@ def _reference(t: _Checked) -> None:
 
 
 def _settings(t: _Checked) -> None:
-    tokenizer, rate = t.trainer.processing_class, t.args.learning_rate
     for name, least in LEAST.items():
         value = getattr(t.args, name, None)
         if isinstance(value, int | float) and not least <= value < np.inf:
@@ -129,17 +124,6 @@ def _settings(t: _Checked) -> None:
         t.wrong.append(f"max_steps is {t.args.max_steps}: give 1 or more, or -1 and num_train_epochs above 0")
     if bad := next((n for n, p in t.model.named_parameters() if not p.isfinite().all()), None):
         t.wrong.append(f"the weight {bad} holds NaN or infinity: what it was loaded from is broken")
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        end = tokenizer.eos_token
-        t.odd.append(f"{end} ends and pads: where padding is masked, no end is learnt. Pad with another")
-    if t.args.bf16 and t.model.device.type == "cpu" and machine.cpu_bf16() == set():
-        t.odd.append("this CPU has no instructions for bf16: set bf16=False, which is faster here")
-    usual = BASE * (WIDTH / t.model.config.get_text_config().hidden_size) ** EXPONENT
-    usual *= (1 if t.adapter else 0.1) * (0.1 if "DPO" in t.name or "KTO" in t.name else 1)
-    if rate > HOT * usual:
-        t.odd.append(f"learning_rate {rate:.1e} may break the model: try about {usual:.0e}")
-    elif rate < COLD * usual:
-        t.odd.append(f"learning_rate {rate:.1e} may teach too little: try about {usual:.0e}")
 
 
 def _rows(t: _Checked, data: Any) -> None:

@@ -108,7 +108,6 @@ ANNOTATED = {"one": [ROW], "two": [ROW]}
     (lambda h: h.accuracy([]), ValueError, "no problems to evaluate on"),
     (lambda h: h.accuracy(["How many?"]), TypeError, "'How many?' is a str, not a Problem"),
     (lambda h: h.accuracy(problems.load("id")[:1], max_new_tokens=-1), ValueError, "max_new_tokens is -1"),
-    (lambda h: h.accuracy(problems.load("id")[:1], batch_size=0), ValueError, "batch_size is 0"),
     (lambda h: evaluate.passes(h.model, h.tokenizer, [], 2, (1,)), ValueError, "no problems to evaluate on"),
     (lambda h: evaluate.passes(h.model, h.tokenizer, problems.load("id")[:1], 4, (8,)), ValueError,
      "n=4, c=0, k=8", "1 <= k <= n"),

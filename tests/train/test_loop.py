@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -10,8 +9,8 @@ import torch
 
 from rlnb.model import LoRA, load_model
 from rlnb.record import progress, runs
-from rlnb.train import fit, loop, train
-from rlnb.train.loop import ALL_CUT, Recorder, fingerprint, settings
+from rlnb.train import fit, loop
+from rlnb.train.loop import fingerprint, settings
 
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -124,16 +123,6 @@ def test_what_cannot_teach_is_refused_unless_it_is_asked_for(make):
     run = fit("sft", frozen(), ROWS, problems=(), check=False)
     losses = [row["loss"] for row in run.curve() if "loss" in row]
     assert run.status == "done" and len(set(losses)) == 1  # and nothing was learnt
-
-
-def test_a_training_whose_completions_are_all_cut_off_is_given_up(make):
-    with runs.start("grpo") as run:
-        recorder, state = Recorder(run), SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=99)
-        for ratio in [1.0] * (ALL_CUT - 1) + [0.9] + [1.0] * (ALL_CUT - 1):
-            recorder.on_log(None, state, None, {"reward": 0.0, "completions/clipped_ratio": ratio})
-        with pytest.raises(ValueError, match="cut off at max_completion_length, at 64 tokens"):
-            logs = {"reward": 0.0, "completions/clipped_ratio": 1.0, "completions/mean_length": 64.0}
-            recorder.on_log(None, state, None, logs)
 
 
 def test_an_adapter_for_which_there_is_no_room_is_saved_elsewhere(make, monkeypatch, base):

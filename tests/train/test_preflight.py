@@ -123,35 +123,6 @@ def test_a_merged_adapter_is_refused(make):
     assert "unmerge_adapter" in refused(trainer)
 
 
-def test_one_token_for_padding_and_end_is_advised_against(make):
-    trainer = make("sft")
-    trainer.processing_class.pad_token = trainer.processing_class.eos_token
-    assert "<|end|> ends and pads" in warned(trainer)
-
-
-@pytest.mark.parametrize("kind, rate, side", [("sft", 1e-1, "break"), ("dpo", 1e-6, "teach too little"),
-                                              ("dpo", 5e-2, "break"), ("grpo", 1e-6, "teach too little")])  # fmt: skip
-def test_an_unusual_learning_rate_is_said(make, kind, rate, side):
-    words = warned(make(kind, learning_rate=rate))
-    assert f"learning_rate {rate:.1e} may {side}" in words and "try about" in words
-
-
-def test_a_whole_model_takes_a_tenth_of_the_rate(make):
-    assert "try about 7e-04" in warned(make("sft", lora=None, learning_rate=5e-3))
-
-
-def test_bf16_without_instructions_is_said_where_there_are_none(make):
-    trainer = make("sft")
-    flags = machine.cpu_bf16()
-    if flags is None:
-        pytest.skip("the system does not tell")
-    trainer.args.bf16 = True  # Unsloth has set it by these very instructions
-    if flags:
-        preflight.check(trainer)
-    else:
-        assert "no instructions for bf16" in warned(trainer)
-
-
 # --- the data ------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,5 @@
 """A training that ended early goes on from its checkpoint, and ends as one that did not."""
 
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -89,25 +86,3 @@ def test_a_long_run_has_checkpoints_until_it_is_done(monkeypatch):
     run = train("sft", problems=(), max_steps=3, callbacks=[Look()])
     assert seen == [[], ["checkpoint-1"], ["checkpoint-2"]]
     assert not list(run.folder.glob("checkpoint-*")) and run.adapter.is_dir()
-
-
-CODE = """
-import os, signal, sys
-from rlnb.train import train
-from transformers import TrainerCallback
-
-class Ask(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-
-train("sft", problems=(), max_steps=4, callbacks=[Ask()])
-"""
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_process_that_is_asked_to_end_keeps_what_was_learnt(name):
-    done = subprocess.run([sys.executable, "-c", CODE, name], cwd=ROOT, capture_output=True, text=True)
-    (run,) = runs.find()
-    assert done.returncode and run.status == "interrupted" and name in run.error and run.adapter.is_dir()

@@ -95,9 +95,8 @@ def summary(
     for name, column_B in zip(names, rows(batch.scores_BR).unbind(1), strict=True):
         if not column_B.isnan().all():
             found[f"rewards/{name}/mean"] = column_B.nanmean()
-    if batch.reference_BT is not None:
-        kl = total(kl_estimate(batch.log_probs_BT, batch.reference_BT))
-        found |= {"kl": kl / n, "kl/sequence": kl / episodes}
+    kl = total(kl_estimate(batch.log_probs_BT, batch.reference_BT))
+    found |= {"kl": kl / n, "kl/sequence": kl / episodes}
     if (spread := variance(batch.returns_BT)) > 1e-9:
         missed = variance(batch.returns_BT - batch.values_BT)
         found["value/explained_variance"] = 1 - missed / spread

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from rlnb import files
-from rlnb.model import sampling
+from rlnb.model import adapters, sampling
 from rlnb.model.folders import load_weights
 from rlnb.train.ppo import formulas, reward
-from rlnb.train.ppo.actor_critic import POLICY, REFERENCE, ActorCritic, Reference, check_policy, has_adapter
+from rlnb.train.ppo.actor_critic import POLICY, REFERENCE, ActorCritic, add_reference, check_policy
 from rlnb.train.ppo.config import PPOConfig
 from rlnb.train.ppo.rollouts import Rollouts, lay_out, put, summary
 
@@ -35,15 +35,14 @@ HEAD = "value_head.safetensors"  # in a checkpoint, beside the adapter
 
 
 class PPOTrainer(Trainer):
-    """Proximal policy optimization with a critic, for causal language models with or without LoRA.
+    """Proximal policy optimization with a critic, for causal language models with LoRA.
 
-    model: a PEFT model, whose adapter "default" trains (`rlnb.model.load_model`), or a model that trains
-        in full. It gets an adapter "ref", where it starts, and one named "reward" for a reward adapter.
-        Its dropout is set to 0.
+    model: a PEFT model, whose adapter "default" trains (`rlnb.model.load_model`). It gets an adapter "ref",
+        where it starts, and one named "reward" for a reward adapter. Its dropout is set to 0.
     reward_funcs: one or a list, see `reward.sources`; args.reward_weights weighs them.
     train_dataset: with a column "prompt" of strings or of messages. Other columns go to the reward functions.
 
-    Callbacks, checkpoints and the user see self.model, a transformers or PEFT model. The `model` in Trainer's
+    Callbacks, checkpoints and the user see self.model, the PEFT model. The `model` in Trainer's
     loop is the actor-critic, so that gradients of both are clipped and, over several processes, averaged together.
     Raises ValueError or TypeError, before anything is sampled, for what cannot work together.
     """
@@ -80,8 +79,7 @@ class PPOTrainer(Trainer):
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self.reward_weights = torch.tensor(weights, device=self.accelerator.device)
         self.actor_critic = ActorCritic(model, args.temperature)
-        # With LoRA the KL costs a forward pass, and is logged even where it has no weight.
-        self.reference = Reference(self.actor_critic) if has_adapter(model) or args.kl_coef else None
+        add_reference(model)
         self.end_tokens = sampling.end_tokens(model, processing_class)
         # What `sampling.rollout` asks a trainer for:
         self.max_completion_length, self.temperature = args.max_completion_length, args.temperature
@@ -150,14 +148,12 @@ class PPOTrainer(Trainer):
             found = self._forward(self.actor_critic, batch, rows, entropy=True)
             for target_BT, flat_N in zip((log_probs_BT, entropy_BT, values_BT), found, strict=True):
                 put(target_BT, rows, batch.mask_BT, flat_N)
-        batch.log_probs_BT, batch.entropy_BT, batch.values_BT = log_probs_BT, entropy_BT, values_BT
-        if self.reference is None:
-            return
-        with self.reference.active() as reference:
+        with adapters.using(self.model, REFERENCE):
             for rows in pieces:
-                flat_N, _, _ = self._forward(reference, batch, rows)
+                flat_N, _, _ = self._forward(self.actor_critic, batch, rows)
                 put(reference_BT, rows, batch.mask_BT, flat_N)
-        batch.reference_BT = reference_BT
+        batch.log_probs_BT, batch.reference_BT = log_probs_BT, reference_BT
+        batch.entropy_BT, batch.values_BT = entropy_BT, values_BT
 
     def _forward(self, model: Any, batch: Rollouts, rows: Tensor, entropy: bool = False) -> tuple:
         """Log-probabilities, entropies and values of some rows' tokens, as (N,)."""
@@ -166,9 +162,8 @@ class PPOTrainer(Trainer):
             return model(batch.ids_BL[rows, :width], batch.predicts_BL[rows, :width], entropy)
 
     def _estimate_advantages(self, batch: Rollouts) -> None:
-        args, mask_BT, kl_BT = self.args, batch.mask_BT, torch.zeros_like(batch.log_probs_BT)
-        if batch.reference_BT is not None:
-            kl_BT = formulas.kl_estimate(batch.log_probs_BT, batch.reference_BT)
+        args, mask_BT = self.args, batch.mask_BT
+        kl_BT = formulas.kl_estimate(batch.log_probs_BT, batch.reference_BT)
         batch.rewards_BT = formulas.token_rewards(batch.score_B, kl_BT, mask_BT, args.kl_coef)
         batch.advantages_BT, batch.returns_BT = formulas.gae(
             batch.rewards_BT, batch.values_BT, mask_BT, args.gamma, args.lam
@@ -262,17 +257,14 @@ class PPOTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Policy and reference in PEFT's format, or the full model; beside it the critic's head."""
+        """Policy and reference in PEFT's format, beside them the critic's head."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        if has_adapter(self.model):
-            # The class's own method: Unsloth puts another on the instance.
-            PeftModel.save_pretrained(
-                self.model, str(folder), selected_adapters=[POLICY, REFERENCE], save_embedding_layers=False
-            )
-            self.processing_class.save_pretrained(folder)
-        else:
-            super()._save(str(folder), state_dict)
+        # The class's own method: Unsloth puts another on the instance.
+        PeftModel.save_pretrained(
+            self.model, str(folder), selected_adapters=[POLICY, REFERENCE], save_embedding_layers=False
+        )
+        self.processing_class.save_pretrained(folder)
         head = self.actor_critic.value_head.state_dict()
         files.write(folder / HEAD, save({name: x.detach().cpu() for name, x in head.items()}))
 
@@ -280,9 +272,6 @@ class PPOTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         if not (folder / HEAD).is_file():
             raise FileNotFoundError(f"{folder} is no checkpoint of PPOTrainer: it has no {HEAD}")
-        if has_adapter(self.model):
-            load_weights(self.model, folder, POLICY, trainable=True)
-            load_weights(self.model, folder / REFERENCE, REFERENCE, trainable=False)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(self.model, folder, POLICY, trainable=True)
+        load_weights(self.model, folder / REFERENCE, REFERENCE, trainable=False)
         self.actor_critic.value_head.load_state_dict(load_file(folder / HEAD))
