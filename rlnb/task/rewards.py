@@ -24,14 +24,7 @@ class RewardError(ValueError):
 
 def text(completion: Completion) -> str:
     """The text of a completion: itself, or the content of its last message."""
-    if isinstance(completion, str):
-        return completion
-    try:
-        if isinstance(said := completion[-1]["content"], str):
-            return said
-    except (IndexError, KeyError, TypeError):
-        pass
-    raise RewardError(f"the completion {completion!r:.60} is neither a string nor messages")
+    return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def correctness(
@@ -74,10 +67,7 @@ def checked(fn: Reward) -> Reward:
     """
     if not callable(fn):
         raise TypeError(f"the reward {fn!r:.60} is no function")
-    inner = fn
-    while isinstance(inner, functools.partial):
-        inner = inner.func
-    name = getattr(inner, "__name__", type(inner).__name__)  # under which TRL logs it
+    name = getattr(fn, "__name__", type(fn).__name__)  # under which TRL logs it
     if inspect.iscoroutinefunction(fn):
         raise TypeError(f"reward {name!r} is async: give it to the trainer as it is.")
 

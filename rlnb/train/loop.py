@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -176,14 +175,11 @@ def fingerprint(data: Any) -> str | None:
 
 
 def _save(model: Any, run: runs.Run) -> None:
-    """Save what was learnt in the run's folder, or where there is room if that has none."""
-    save = save_adapter if hasattr(model, "peft_config") else type(model).save_pretrained
-    try:
-        save(model, run.adapter if save is save_adapter else run.folder / "model")
-    except OSError as error:
-        spare = Path(tempfile.mkdtemp(prefix=f"rlnb-{run.id}-"), "adapter")
-        save(model, spare)
-        raise OSError(f"{run.folder} took no files ({error}): what was learnt is in {spare}") from error
+    """Save what was learnt in the run's folder."""
+    if hasattr(model, "peft_config"):
+        save_adapter(model, run.adapter)
+    else:
+        type(model).save_pretrained(model, run.folder / "model")
 
 
 class Recorder(TrainerCallback):

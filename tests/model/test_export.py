@@ -194,7 +194,7 @@ def test_the_card_says_what_the_model_is_made_of(pair, tmp_path):
         id="20261120-sft", method="sft", seed=7, parent="20261119-sft",
         result={"strict": strict, "mean_tokens": 31.25, "start": {"strict": strict}},
     )  # fmt: skip
-    folder = export.export_merged(*pair, tmp_path / "solver", PROMPTS[:2], run=run, licence="mit")
+    folder = export.export_merged(*pair, tmp_path / "solver", PROMPTS[:2], run=run)
     lines = (folder / "README.md").read_text().splitlines()
     assert lines[:8] == [
         "---", "base_model: tiny", "library_name: transformers", "pipeline_tag: text-generation",
@@ -204,7 +204,6 @@ def test_the_card_says_what_the_model_is_made_of(pair, tmp_path):
         "| base model | tiny |",
         "| adapter | LoRA rank 8, alpha 16, merged into the weights |",
         "| data | not recorded |",
-        "| licence | mit |",
         "| run | 20261120-sft, method sft, seed 7, started from 20261119-sft |",
         "| strict | 130 of 200 |",
     ]:

@@ -10,7 +10,6 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ class PPOTrainer(Trainer):
 
         model: the actor-critic as accelerate has wrapped it. inputs: rows of the data set.
         """
-        args, times = self.args, [time.perf_counter()]
+        args, began = self.args, time.perf_counter()
         model.train()
 
         # 1. roll out: a completion for each prompt of the batch
@@ -99,7 +98,6 @@ class PPOTrainer(Trainer):
 
         # 2. score: what the rewards say of each completion
         self._score(batch, inputs)
-        times.append(time.perf_counter())
 
         # 3. measure: log-probabilities under policy and reference, values of the critic
         updates = formulas.plan_updates(
@@ -113,15 +111,10 @@ class PPOTrainer(Trainer):
         self.state.num_input_tokens_seen += int(self.accelerator.gather(batch.length_B).sum())
         self.record({"num_tokens": self.state.num_input_tokens_seen})
         self.record(summary(batch, self.reward_names, self.accelerator.gather))
-        times.append(time.perf_counter())
 
         # 5. update: clipped gradient steps, several epochs on the same batch
         loss = self._update(model, batch, updates)
-        times.append(time.perf_counter())
-
-        phases = ("step_time/rollout", "step_time/measure", "step_time/update")
-        self.record({p: b - a for p, (a, b) in zip(phases, pairwise(times), strict=True)})
-        self.record({"step_time": times[-1] - times[0]})
+        self.record({"step_time": time.perf_counter() - began})
         return torch.tensor(loss, device=args.device)
 
     def _roll_out(self, rows: list[dict]) -> Rollouts:
@@ -176,7 +169,10 @@ class PPOTrainer(Trainer):
         found = []
         for pieces in updates:
             if found:
-                self.step_optimizer(model)
+                if self.args.max_grad_norm:
+                    self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+                self.optimizer.step()
+                model.zero_grad()
             found.append(self._backward(model, batch, pieces))
         means = {name: sum(f[name] for f in found) / len(found) for name in UPDATE_METRICS}
         loss = means.pop("loss")
@@ -226,13 +222,6 @@ class PPOTrainer(Trainer):
             self.optimizer.add_param_group({"params": head, "lr": rate, "weight_decay": 0.0})
         return self.optimizer
 
-    def step_optimizer(self, model: Any) -> None:
-        """An update within a step; Trainer's loop makes the last one of each."""
-        if self.args.max_grad_norm:
-            self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        self.optimizer.step()
-        model.zero_grad()
-
     def total(self, x: Tensor) -> Tensor:
         """The sum over all processes."""
         return self.accelerator.reduce(x, "sum")
@@ -251,10 +240,6 @@ class PPOTrainer(Trainer):
         super().log(logs, start_time)
 
     # --- checkpoints -----------------------------------------------------------------------------
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._metrics.clear()  # of steps after the last log of an earlier call
-        return super().train(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Policy and reference in PEFT's format, beside them the critic's head."""
