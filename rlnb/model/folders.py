@@ -109,18 +109,18 @@ def read_saved(path: str | os.PathLike[str], base: str | None = None, reward=Fal
     trained_on = base_name(config.get("base_model_name_or_path") or "")
     if base and trained_on and Path(trained_on).name != Path(base).name:
         warnings.warn(f"{folder} was trained on {trained_on}, not on {base}", stacklevel=4)
-    with opened(folder / FILES[1]):
-        return folder, config
+    check_whole(folder)
+    return folder, config
 
 
-@contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """A file of weights. Raises ValueError with its name where it is cut off, or is something else."""
-    try:
-        with safe_open(file, "pt") as found:
-            yield found
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not whole: {error}. Copy it again") from error
+def check_whole(folder: Path) -> None:
+    """Raise ValueError with its name for a file of weights that is cut off, or is something else."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not whole: {error}. Copy it again") from error
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlnb.model import attention
 from rlnb.model.backends import backend, quiet, say_once
-from rlnb.model.folders import base_name, load_weights, read_saved, resolve
+from rlnb.model.folders import base_name, check_whole, load_weights, read_saved, resolve
 from rlnb.model.lora import (
     MAX_LORA_RANK, LoRA, check_positive_int, check_rank, largest_rank, skeleton,
     smallest_width, target_layers, vllm_rank,
@@ -60,6 +60,7 @@ def load_model(
     options["load_in_4bit"] = load_in_4bit
     if kind == "unsloth-gpu" and base_name(base) != PRACTICE:  # elsewhere it is time that is short, not memory
         options["use_gradient_checkpointing"] = "unsloth"
+    check_whole(Path(base))  # no files where the model is of the hub
     # 2. load
     with quiet(bars=not Path(base).is_dir()):
         model, tokenizer = _load(base, kind, options)

@@ -124,6 +124,10 @@ def _settings(t: _Checked) -> None:
         t.wrong.append(f"max_steps is {t.args.max_steps}: give 1 or more, or -1 and num_train_epochs above 0")
     if bad := next((n for n, p in t.model.named_parameters() if not p.isfinite().all()), None):
         t.wrong.append(f"the weight {bad} holds NaN or infinity: what it was loaded from is broken")
+    tokenizer = t.trainer.processing_class
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        end = tokenizer.eos_token
+        t.odd.append(f"{end} ends and pads: where padding is masked, no end is learnt. Pad with another")
 
 
 def _rows(t: _Checked, data: Any) -> None:

@@ -123,6 +123,12 @@ def test_a_merged_adapter_is_refused(make):
     assert "unmerge_adapter" in refused(trainer)
 
 
+def test_one_token_for_padding_and_end_is_advised_against(make):
+    trainer = make("sft")
+    trainer.processing_class.pad_token = trainer.processing_class.eos_token
+    assert "<|end|> ends and pads" in warned(trainer)
+
+
 # --- the data ------------------------------------------------------------------------------------
 
 
