@@ -100,7 +100,7 @@ SAMPLED = {"data": PROMPTS, "per_device_train_batch_size": 8}
     (method("ppo", reward="@nowhere", **SAMPLED), FileNotFoundError, "no adapter", "nowhere is no folder"),
     (method("ppo", reward="@good", **SAMPLED), ValueError, "good/adapter_config.json",
      "no reward model's, which is SEQ_CLS"),
-    (method("ppo", reward="@bad/reward-nan", **SAMPLED), rewards.RewardError, "reward adapter 'reward-nan' gave nan"),
+    (method("ppo", reward="@bad/reward-nan", **SAMPLED), ValueError, ".reward.weight holds NaN"),
     (method("grpo", reward_weights={}, **SAMPLED), ValueError, "Number of reward weights (0) must match",
      "reward functions (2)"),
     (method("grpo", reward_weights=[], **SAMPLED), ValueError, "Number of reward weights (0) must match",
