@@ -9,7 +9,8 @@ import ctypes
 import os
 import platform
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from rlnb import __version__
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "datasets", "accelerate", "vllm")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def versions() -> dict[str, str]:
@@ -62,6 +64,25 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
+
+
+@contextmanager
+def hold() -> Iterator[None]:
+    """Large blocks of memory stay with this process while inside: glibc would give each one back to the system and
+    fetch it anew, page by page, which takes a fifth of a training step of 135M parameters. Nothing elsewhere.
+    """
+    tune = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if tune is None:
+        yield
+        return
+    tune(M_MMAP_MAX, 0)
+    tune(M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        tune(M_MMAP_MAX, 65536)  # glibc's own
+        tune(M_TRIM_THRESHOLD, 2**17)
+        trim()
 
 
 def trim() -> None:

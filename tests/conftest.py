@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import signal
 import tempfile
 
 import rlnb  # noqa: F401  before torch: it sets how threads wait
@@ -12,6 +13,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("RLNB_PROFILE", "smoke")
 os.environ.setdefault("RLNB_RUNS", _runs.name)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it sends to the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # children would inherit it, and hear no Ctrl-C
 
 IMPORTS = re.compile(r"^ *(from|import) (torch|transformers|trl|peft)\b", re.MULTILINE)
 

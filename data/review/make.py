@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlnb import files
-from rlnb.task.review import DATA, KINDS, SPLITS
+from data.review.check import DATA, KINDS, SPLITS
 
 FUNCTIONS = tomllib.loads((DATA / "functions.toml").read_text(encoding="utf-8"))["function"]
 TEST_FAMILIES = ("grid", "config", "copy")

@@ -1,6 +1,6 @@
 """Annotators: who compares responses, each with a name and a policy.
 
-    Verifier()  Noisy(rate=0.2)  LengthBiased()  Clarity(detail=0.8)  AI(score)
+    Verifier()  Noisy(rate=0.2)  LengthBiased()  Clarity(detail=0.8)
 
 ``preferences.annotate`` asks one about rows of responses.
 """
@@ -8,7 +8,6 @@
 import math
 import random
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -119,24 +118,6 @@ class Clarity(Annotator):
         found = self.dimensions(question, answer, response)
         total = sum(getattr(self, name) * value for name, value in found.items())
         return total / (self.correctness + self.clarity + self.format)
-
-
-@dataclass(frozen=True)
-class AI(Annotator):
-    """A model as the annotator, which sees the prompt and the response and no answer (RLAIF).
-
-    model_score: from conversations, prompt and response together, to a number for each, such as
-        ``lambda texts: reward_model.score(model, tokenizer, texts)``, or ``judge.mean_log_prob`` likewise.
-    """
-
-    model_score: Callable[[list[list[dict[str, str]]]], list[float]]
-    name: str = "ai"
-
-    def scores(self, row: Row) -> list[float]:
-        texts = list(dict.fromkeys(row["responses"]))  # equal texts must get equal scores
-        says = [[*row["prompt"], {"role": "assistant", "content": text}] for text in texts]
-        found = dict(zip(texts, self.model_score(says), strict=True))
-        return [found[text] for text in row["responses"]]
 
 
 def check_rate(rate: float, name: str = "rate") -> None:

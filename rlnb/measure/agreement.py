@@ -18,13 +18,12 @@ import pandas as pd
 from rlnb.measure.intervals import Proportion
 from rlnb.task import problems as task
 
-Labels = Sequence[Hashable]
 Row = Mapping[str, Any]  # annotated: see rlnb.data.preferences
 
 
 @dataclass(frozen=True)
 class Kappa:
-    """Agreement beyond chance and its 95 % percentile bootstrap interval; NaN where all labels are the same."""
+    """Agreement beyond chance and its 95 % percentile bootstrap interval; NaN where there is one prompt alone."""
 
     value: float
     low: float
@@ -34,57 +33,44 @@ class Kappa:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def cohen(first: Labels, second: Labels, groups: Labels | None = None, seed: int = 0) -> Kappa:
-    """Cohen's kappa of two annotators' labels of the same items, in the same order.
+def kappa(equal: Sequence[bool], prompts: Sequence[Hashable], seed: int = 0) -> Kappa:
+    """Cohen's kappa (1960, Educ. Psychol. Meas. 20, p. 37) of comparisons, from whether the two verdicts are equal.
 
-    (p - e) / (1 - e), with p the share of items with equal labels and e what p would be by chance, given how
-    often each annotator uses each label (Cohen 1960, Educ. Psychol. Meas. 20, p. 37).
-    groups: what each item belongs to, such as its prompt: the bootstrap draws whole groups, since the items
-    of one are not independent. Raises ValueError for lists of unequal length or none.
+    (p - e) / (1 - e), with p the share of equal verdicts and e what p would be by chance. Neither text is the first
+    by nature, so both orders count, and e is a half. prompts: of each comparison; the bootstrap draws whole ones.
     """
-    groups = range(len(first)) if groups is None else groups
-    if not 0 < len(first) == len(second) == len(groups):
-        sizes = f"{len(first)} and {len(second)} labels, {len(groups)} groups"
-        raise ValueError(f"{sizes}: each item needs one of each")
-    names = {name: i for i, name in enumerate(dict.fromkeys([*first, *second]))}
-    place, there = pd.factorize(pd.Series(groups, dtype=object))
+    place, there = pd.factorize(pd.Series(prompts, dtype=object))
     n = len(there)
-    tables = np.zeros((n, len(names), len(names)))  # a table of groups: how often which label met which
-    np.add.at(tables, (place, [names[a] for a in first], [names[b] for b in second]), 1)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), 2000)
-    found = _kappa(np.tensordot(drawn, tables, 1))  # drawn, (resamples, groups): how often each is in it
-    found = found[~np.isnan(found)]
-    low, high = np.quantile(found, [0.025, 0.975]) if n > 1 and len(found) else (math.nan, math.nan)
-    return Kappa(float(_kappa(tables.sum(0))), float(low), float(high))
+    counts = np.stack([np.bincount(place, equal), np.bincount(place)], 1)  # of each prompt: equal ones, all
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), 2000)  # how often each prompt is drawn
+    low, high = np.quantile(_kappa(drawn @ counts), [0.025, 0.975]) if n > 1 else (math.nan, math.nan)
+    return Kappa(float(_kappa(counts.sum(0))), float(low), float(high))
 
 
-def _kappa(tables: np.ndarray) -> np.ndarray:
-    """The kappa of each table (..., labels, labels) of counts."""
-    shares = tables / tables.sum((-2, -1), keepdims=True)
-    agree, chance = shares.trace(axis1=-2, axis2=-1), (shares.sum(-1) * shares.sum(-2)).sum(-1)
-    return (agree - chance) / np.where(chance < 1 - 1e-12, 1 - chance, np.nan)
+def _kappa(counts: np.ndarray) -> np.ndarray:
+    return 2 * counts[..., 0] / counts[..., 1] - 1
 
 
-def agreement(annotations: Mapping[str, Iterable[Row]], ties: bool = True) -> pd.DataFrame:
-    """How each two annotators agree on the comparisons that both made of the same texts.
+def agreement(annotations: Mapping[str, Iterable[Row]]) -> pd.DataFrame:
+    """How each two annotators agree on the comparisons that both made of the same texts, without ties.
 
     annotations: annotated rows by the annotator's name. Columns: annotators, comparisons, agree (the share
-    of equal verdicts) and kappa, whose interval draws whole prompts. ties=False leaves out what either calls
-    a tie. As neither text is the first by nature, kappa takes each comparison both ways round; without ties
-    that makes chance a half. Raises ValueError for less than two, and for two with no comparison in common.
+    of equal verdicts) and kappa, whose interval draws whole prompts.
+    Raises ValueError for less than two annotators, and for two with no comparison in common.
     """
     if len(annotations) < 2:
         raise ValueError(f"agreement needs two annotations or more, not {len(annotations)}")
     said = {name: verdicts(rows) for name, rows in annotations.items()}
     found = []
     for one, other in combinations(said, 2):
-        items, both = shared(said[one], said[other], ties)
+        items, both = shared(said[one], said[other])
         if not items:
             raise ValueError(f"{one}, {other} have no comparison in common")
-        first, second = zip(*both, *((-a, -b) for a, b in both), strict=True)
-        kappa = cohen(first, second, [prompt for prompt, *_ in items] * 2)
-        agree = Proportion(sum(a == b for a, b in both), len(both))
-        found.append({"annotators": f"{one}, {other}", "comparisons": len(both), "agree": agree, "kappa": kappa})
+        equal = [a == b for a, b in both]
+        found.append({
+            "annotators": f"{one}, {other}", "comparisons": len(both), "agree": Proportion(sum(equal), len(both)),
+            "kappa": kappa(equal, [prompt for prompt, *_ in items]),
+        })  # fmt: skip
     return pd.DataFrame(found)
 
 
@@ -102,9 +88,9 @@ def verdicts(rows: Iterable[Row]) -> dict[tuple, int]:
     return found
 
 
-def shared(first: dict[tuple, int], second: dict[tuple, int], ties: bool = True) -> tuple[list, list[tuple]]:
-    """The comparisons that are in both of ``verdicts``, and what the two say of each."""
-    items = [i for i in first if i in second and (ties or (first[i] and second[i]))]
+def shared(first: dict[tuple, int], second: dict[tuple, int]) -> tuple[list, list[tuple]]:
+    """The comparisons that are in both of ``verdicts`` and no tie in either, and what the two say of each."""
+    items = [i for i in first if i in second and first[i] and second[i]]
     return items, [(first[i], second[i]) for i in items]
 
 

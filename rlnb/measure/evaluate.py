@@ -59,11 +59,10 @@ class Report:
 
 def accuracy(
     model: Any, tokenizer: Any, problems: Sequence[Problem], *, max_new_tokens: int | None = None,
-    batch_size: int = 256, progress: str | bool | None = None,
+    progress: str | bool | None = None,
 ) -> Report:
     """Grade the greedy completion of each problem. Raises ValueError without any problem."""
-    settings = dict(temperature=0, batch_size=batch_size, progress=progress)
-    found = _sample(model, tokenizer, problems, 1, max_new_tokens, **settings)
+    found = _sample(model, tokenizer, problems, 1, max_new_tokens, temperature=0, progress=progress)
     rows = []
     for problem, (text,), (ids,) in zip(problems, found.texts, found.ids, strict=True):
         grade = task.grade(text, problem.question, problem.answer)

@@ -10,11 +10,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from rlnb.measure.intervals import Proportion
-from rlnb.measure.kl import log_probs
-from rlnb.model import sampling
-from rlnb.model.reward_model import Messages, score
-
-import torch  # after rlnb.model, which brings in Unsloth
+from rlnb.model.reward_model import score
 
 
 @dataclass(frozen=True)
@@ -46,20 +42,6 @@ def judge_pairs(model: Any, tokenizer: Any, pairs: Iterable[Mapping[str, Any]]) 
     texts = [row["prompt"] + row[side] for side in ("chosen", "rejected") for row in pairs]
     found = score(model, tokenizer, texts)
     return PairReport(tuple(a - b for a, b in zip(found, found[len(pairs) :], strict=False)))
-
-
-def mean_log_prob(model: Any, tokenizer: Any, conversations: Sequence[Messages]) -> list[float]:
-    """The mean log-probability of each conversation's last message and its end token, in nats per token."""
-    heads = sampling.tokenize(tokenizer, [messages[:-1] for messages in conversations])
-    ids = tokenizer.apply_chat_template(list(conversations), tokenize=True, return_dict=True)["input_ids"]
-    pairs = [(own[: len(head)], own[len(head) :]) for own, head in zip(ids, heads, strict=True)]
-    found = []
-    for start in range(0, len(pairs), 16):
-        batch = pairs[start : start + 16]
-        for row, (_, response) in zip(log_probs(model, batch), batch, strict=True):
-            drawn = torch.tensor(response, device=row.device)[:, None]
-            found.append(row[-len(response) :].gather(1, drawn).mean().item())
-    return found
 
 
 def auc(right: Iterable[float], wrong: Iterable[float]) -> float:

@@ -9,7 +9,6 @@ from typing import Any
 
 from rlnb.model import sampling
 from rlnb.model.decode_cpu import left_pad
-from rlnb.model.lora import rewrites_base
 
 import torch  # after rlnb.model, which brings in Unsloth
 
@@ -37,24 +36,23 @@ class KL:
 
 
 def kl(
-    model: Any, tokenizer: Any, prompts: Sequence[sampling.Prompt], *, reference: Any = None, n: int = 1,
+    model: Any, tokenizer: Any, prompts: Sequence[sampling.Prompt], *, reference: Any = None,
     max_new_tokens: int = 64, seed: int = 0, progress: str | bool | None = None,
 ) -> KL:
-    """How far the policy is from its reference, on n fresh samples (temperature 1) of each prompt.
+    """How far the policy is from its reference, on a fresh sample (temperature 1) of each prompt.
 
     reference: a model; None is the policy with its adapter disabled, that is the base. After GRPO from an
     SFT adapter the base is not where GRPO started: pass the SFT model for that. The rest is as for
-    ``sampling.sample``. Raises ValueError with less than two prompts, and if there is no adapter to disable
-    or its initialisation has changed the base.
+    ``sampling.sample``. Raises ValueError with less than two prompts, and if there is no adapter to disable.
     """
     if len(prompts) < 2:
         raise ValueError(f"{len(prompts)} prompt: a standard error over prompts needs two or more")
-    if reference is None:
-        _check_adapter(model)
+    if reference is None and not getattr(model, "peft_config", None):
+        raise ValueError("the model has no adapter to disable: pass reference=, the base for one")
     settings = dict(max_new_tokens=max_new_tokens, seed=seed, progress=progress)
-    found = sampling.sample(model, tokenizer, prompts, n, **settings)
+    found = sampling.sample(model, tokenizer, prompts, **settings)
     prompt_ids = sampling.tokenize(tokenizer, prompts)
-    pairs = [(p, c) for p, group in zip(prompt_ids, found.ids, strict=True) for c in group]
+    pairs = [(p, c) for p, (c,) in zip(prompt_ids, found.ids, strict=True)]
     at_once = max(1, SCORED_AT_ONCE // (model.config.get_text_config().vocab_size * max_new_tokens))
     sums: list[tuple[float, float]] = []
     for start in range(0, len(pairs), at_once):
@@ -64,20 +62,7 @@ def kl(
             other = log_probs(model if reference is None else reference, batch)
         sums += _divergences(policy, other, batch)
     exact, k1 = zip(*sums, strict=True)
-    by_prompt = [fmean(exact[i : i + n]) for i in range(0, len(exact), n)]
-    return KL(fmean(by_prompt), stdev(by_prompt) / math.sqrt(len(by_prompt)), fmean(k1), len(pairs))
-
-
-def _check_adapter(model: Any) -> None:
-    configs = getattr(model, "peft_config", {})
-    if not configs:
-        raise ValueError("the model has no adapter to disable: pass reference=, the base for one")
-    for config in configs.values():
-        if rewrites_base(config.init_lora_weights):
-            raise ValueError(
-                f"the adapter was initialised with {config.init_lora_weights!r}, which changes the base's "
-                "weights: without it the model is not the base, so pass that as reference="
-            )
+    return KL(fmean(exact), stdev(exact) / math.sqrt(len(exact)), fmean(k1), len(pairs))
 
 
 def log_probs(model: Any, pairs: Pairs) -> torch.Tensor:

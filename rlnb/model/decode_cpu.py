@@ -147,7 +147,11 @@ def view(model: Any) -> Any:
     vars(copied).pop("forward", None)  # accelerate puts the trainer's autocast there
     for layer in lora_layers(copied).values():
         base = layer.get_base_layer()
-        if layer.merged or layer.disable_adapters or base.weight.dtype != torch.float32:
+        if layer.merged or layer.disable_adapters:
+            continue
+        if base.weight.dtype != torch.float32:  # else each token would cast them
+            for part in chain(layer.lora_A.values(), layer.lora_B.values()):
+                part.weight = torch.nn.Parameter(part.weight.detach().to(base.weight.dtype), requires_grad=False)
             continue
         for name, parameter in list(base.named_parameters(recurse=False)):
             setattr(base, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))

@@ -39,13 +39,13 @@ def check_merge(model: Any, tokenizer: Any, prompts: Sequence[sampling.Prompt], 
 
 def export_merged(
     model: Any, tokenizer: Any, folder: str | os.PathLike[str], prompts: Sequence[sampling.Prompt], *,
-    dtype: str = "bfloat16", run: Any = None, data: str = "not recorded", licence: str | None = None,
+    dtype: str = "bfloat16", run: Any = None, data: str = "not recorded",
 ) -> Path:  # fmt: skip
     """Write the merged model with tokenizer and model card, once it has passed `check_merge` on the prompts.
 
     The folder is what transformers, vLLM and llama.cpp's converter read. It appears whole or not at all, and
     replaces an earlier export. dtype: "bfloat16", "float16" or "float32". For the model card: run, a Run; data, in
-    words what the adapter was trained on; licence, known for the practice model.
+    words what the adapter was trained on.
     Raises what `check_merge` does, FileExistsError for a folder of other files.
     """
     folder = Path(folder).expanduser().absolute()
@@ -54,7 +54,7 @@ def export_merged(
         if folder.exists() and not (card.is_file() and "| merge checked |" in card.read_text(encoding="utf-8")):
             raise FileExistsError(f"{folder} holds a model that is no export: name another folder")
         checked = _write_checked(model, tokenizer, new, prompts, dtype)
-        (new / "README.md").write_text(_model_card(model, checked, run, data, licence, folder.name), encoding="utf-8")
+        (new / "README.md").write_text(_model_card(model, checked, run, data, folder.name), encoding="utf-8")
     print(checked)
     return folder
 
@@ -123,10 +123,10 @@ def _logits(model: Any, tokenizer: Any, prompts: Any) -> torch.Tensor:
         return torch.cat([inner(input_ids=ids).logits[0].float() for ids in rows])
 
 
-def _model_card(model: Any, checked: str, run: Any, data: str, licence: str | None, name: str) -> str:
+def _model_card(model: Any, checked: str, run: Any, data: str, name: str) -> str:
     """What the model was made from and how, and what is known of its quality, in Markdown."""
     base = folders.base_name(model.get_base_model().name_or_path)
-    licence = licence or ("apache-2.0" if (folders.DATA / base).is_dir() else None)
+    licence = "apache-2.0" if (folders.DATA / base).is_dir() else None  # known of the practice model
     adapter = model.peft_config[model.active_adapter]
     facts = {
         "base model": base,

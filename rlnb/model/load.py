@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from rlnb import machine
 from rlnb.model import attention
 from rlnb.model.backends import backend, quiet, say_once
 from rlnb.model.folders import base_name, load_weights, opened, read_saved, resolve
@@ -24,6 +25,7 @@ from rlnb.model.lora import (
 )  # fmt: skip
 from rlnb.profiles import PRACTICE
 
+WIDE = 512  # from this width of a model on, 16 bits save a CPU more than they cost
 MAX_LENGTH = 2048  # tokens, where the caller names none and the model takes that many
 LAYER = re.compile(r"\w+\.\d+")  # in the name of a weight, as layers.3
 # What Unsloth's get_peft_model fills in itself; it takes the other fields of LoraConfig one by one.
@@ -43,7 +45,8 @@ def load_model(
     max_lora_rank: the largest rank that rollouts serve; the adapter's is checked against it.
     fast_inference: TRL's GRPOTrainer rolls out with vLLM. On a CPU it says once that it does not, and goes on.
     max_seq_length: in tokens; default: what the model takes, at most 2048.
-    dtype: of the weights; default: float32 on a CPU and where all train, bfloat16 or float16 under an adapter on a GPU.
+    dtype: of the weights; default: float32 where all train; under an adapter 16 bits on a GPU, and on a CPU that
+        computes in bfloat16 for a model of width 512 or more whose weights are stored so; else float32.
     load_in_4bit: the base in 4 bits (QLoRA, arXiv 2305.14314): a quarter of the memory of 16 bits. On a GPU, with an
         adapter; such a base cannot be merged here.
     Raises ValueError, FileNotFoundError or ImportError before any weight is loaded, but for a saved adapter
@@ -126,7 +129,7 @@ def _options(
             raise ValueError("fast_inference=True serves an adapter: pass lora=LoRA(...) as well")
         max_lora_rank = vllm_rank(max_lora_rank)
     return {
-        "max_seq_length": max_seq_length, "dtype": _dtype(dtype, kind, rank), "full_finetuning": rank is None,
+        "max_seq_length": max_seq_length, "dtype": _dtype(dtype, kind, rank, config), "full_finetuning": rank is None,
         "fast_inference": fast_inference and _vllm_works(kind), "max_lora_rank": max_lora_rank,
         "random_state": seed, "use_gradient_checkpointing": False,
     }  # fmt: skip
@@ -144,12 +147,15 @@ def _vllm_works(kind: str) -> bool:
     return True
 
 
-def _dtype(dtype: str | None, kind: str, rank: int | None) -> torch.dtype:
+def _dtype(dtype: str | None, kind: str, rank: int | None, config: Any) -> torch.dtype:
     on_gpu = kind != "unsloth-cpu" and torch.cuda.is_available()
     if dtype is None and on_gpu and rank:  # all weights train in float32: 16 bits lose small updates. A T4 has no bf16
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if dtype not in (None, "float32", "bfloat16") and (dtype != "float16" or not on_gpu):
         raise ValueError(f"dtype is {dtype!r}: it must be float32, bfloat16 or, on a GPU, float16")
+    if dtype is None and rank and not on_gpu and config.dtype == torch.bfloat16:  # as they are stored: nothing is lost
+        wide = (getattr(config.get_text_config(), "hidden_size", None) or 0) >= WIDE
+        dtype = "bfloat16" if wide and machine.cpu_bf16() else None
     return getattr(torch, dtype or "float32")
 
 

@@ -91,14 +91,9 @@ def vllm_rank(max_lora_rank: int) -> int:
     return next(rank for rank in VLLM_RANKS if rank >= max_lora_rank)
 
 
-def rewrites_base(init: Any) -> bool:
-    """Whether an init (LoRA's or PEFT's name) moves a part of W into the adapter: off, W is not the base's."""
-    return isinstance(init, str) and init.lower().startswith(REWRITES_BASE)
-
-
 def check_init(init: Any, where: str = "LoRA init") -> None:
-    """Raise ValueError for an init that rewrites the base, which is the reference of most methods."""
-    if rewrites_base(init):
+    """Raise ValueError for an init that moves a part of the base, the reference of most methods, into the adapter."""
+    if isinstance(init, str) and init.lower().startswith(REWRITES_BASE):
         says = "no longer the base, and GRPO, PPO, DPO, KTO and every KL take it as the reference"
         raise ValueError(f"{where} is {init!r}, which rewrites the base's weights: with the adapter off the model is "
                          f'{says}. Take "default" or "gaussian"')  # fmt: skip

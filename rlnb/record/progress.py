@@ -19,9 +19,6 @@ class Screen:
 
     stopping = False
 
-    def begin(self, total: int) -> None:
-        """A training of so many steps begins."""
-
     def show(self, rows: Rows, total: int) -> None:
         """Called with all rows so far after each one that is logged."""
 

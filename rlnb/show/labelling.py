@@ -118,7 +118,7 @@ class Session:
         """How often the verifier prefers the same, where both take a side: {"gold": share}; {} without any."""
         mine = [row for row in self.annotations() if "answer" in row]
         gold = preferences.annotate(mine, Verifier())
-        _, both = agreement.shared(agreement.verdicts(mine), agreement.verdicts(gold), ties=False)
+        _, both = agreement.shared(agreement.verdicts(mine), agreement.verdicts(gold))
         return {"gold": Proportion(sum(a == b for a, b in both), len(both))} if both else {}
 
     def pairs(self) -> tuple[Any, dict[str, int]]:

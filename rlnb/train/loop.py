@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ from rlnb.task.rewards import RewardError, checked
 from rlnb.train import preflight
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
+LARGE = 50_000_000  # parameters, from which on a CPU's training keeps large blocks of memory
 TRIM = 0.5  # seconds: how often at most a training gives freed memory back
 SAVE = 60.0  # seconds between checkpoints
 ALL_CUT = 10  # steps in a row without one completion that ended, after which a training is given up
@@ -89,13 +91,16 @@ def fit(
 def _train(trainer: Trainer, run: runs.Run, checkpoint: Path | None) -> None:
     trainer.args.output_dir, trainer.args.save_total_limit = str(run.folder), trainer.args.save_total_limit or 1
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
-    recorder = Recorder(run)
+    large = trainer.model.device.type == "cpu" and trainer.model.num_parameters() > LARGE
+    recorder = Recorder(run, trims=not large)
     trainer.add_callback(recorder)
     if checkpoint and hasattr(trainer.model, "peft_config"):
         # transformers 5.17 reads the adapters in folders below a checkpoint, such as DPO's "ref", and then leaves
         # out the policy's own, which lies in the checkpoint itself.
         load_weights(trainer.model, checkpoint, "default", trainable=True)
-    with run.timer("train"), _ended_by_signals():
+    low = trainer.args.bf16 or trainer.args.fp16  # then autocast casts what LoRA reads, and PEFT need not
+    memory = machine.hold() if large else nullcontext()
+    with run.timer("train"), _ended_by_signals(), memory, disable_input_dtype_casting(trainer.model, low):
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.remove_callback(recorder)
     if trainer.args.save_strategy == "no":  # else somebody asked for them
@@ -221,15 +226,14 @@ def _save(model: Any, run: runs.Run) -> None:
 class Recorder(TrainerCallback):
     """Puts what is logged into the run's curve and on the screen, and lets the screen stop a training."""
 
-    def __init__(self, run: runs.Run):
-        self.run, self.screen = run, progress.current_screen()
+    def __init__(self, run: runs.Run, trims: bool = True):
+        self.trims, self.run, self.screen = trims, run, progress.current_screen()
         self.rows = [row for row in run.curve() if progress.metrics(row)]  # of a run that goes on
         self.cut = 0  # steps in a row whose completions were all cut off
         self.began = self.trimmed = self.saved = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.began = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
-        self.screen.begin(state.max_steps)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
@@ -249,7 +253,7 @@ class Recorder(TrainerCallback):
             self.screen.show(self.rows, state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if time.perf_counter() - self.trimmed > TRIM:  # else a run's memory grows step by step
+        if self.trims and time.perf_counter() - self.trimmed > TRIM:  # else a run's memory grows step by step
             machine.trim()
             self.trimmed = time.perf_counter()
         if time.perf_counter() - self.saved > SAVE:

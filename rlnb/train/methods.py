@@ -95,9 +95,11 @@ def train(
     )
     if method != "reward_model":
         return fit(method, trainer, data, start=start, problems=problems, check=check, resume=resume)
+    run = fit(method, trainer, data, problems=(), check=check, resume=resume)
+    if problems is not None and not len(problems):  # then its measure is no pair of the workbook's either
+        return run
     from rlnb.measure.judge import judge_pairs
 
-    run = fit(method, trainer, data, problems=(), check=check, resume=resume)
     unseen = judge_pairs(model, tokenizer, gold_pairs(held_out=True, seed=seed))
     run.finish(pair_accuracy=unseen.accuracy, pair_loss=unseen.loss)
     return run

@@ -16,21 +16,18 @@ import torch
 
 # What no lesson is about and Unsloth sets otherwise on a GPU: the values of transformers.
 TRAINING = dict(per_device_eval_batch_size=8, eval_accumulation_steps=None, torch_empty_cache_steps=None,
-                logging_nan_inf_filter=True, include_num_input_tokens_seen="no")  # fmt: skip
-# TRL's own defaults for what no lesson is about, by config class.
+                logging_nan_inf_filter=True)  # fmt: skip
+# TRL's own values of what Unsloth sets otherwise, by config class, and the length of a row.
 DEFAULTS = {
-    "SFTConfig": dict(gradient_accumulation_steps=1, max_length=None, packing=False, padding_free=False,
-                      loss_type="nll"),
-    "RewardConfig": dict(max_length=512, disable_dropout=True),
-    "DPOConfig": dict(max_length=512, disable_dropout=True, padding_free=False),
-    "ORPOConfig": dict(max_length=512, disable_dropout=True),
+    "SFTConfig": dict(gradient_accumulation_steps=1, max_length=None, padding_free=False),
+    "RewardConfig": dict(max_length=512),
+    "DPOConfig": dict(max_length=512, padding_free=False),
+    "ORPOConfig": dict(max_length=512),
     # In order, because TRL pairs every completion with its neighbour's prompt to estimate the KL.
-    "KTOConfig": dict(max_length=512, disable_dropout=True, loss_type="kto", train_sampling_strategy="sequential"),
-    "GRPOConfig": dict(top_p=1.0, top_k=0, num_iterations=1, epsilon_high=0.2, mask_truncated_completions=False,
-                       log_completions=False, generation_kwargs=None, router_aux_loss_coef=None,
-                       vllm_importance_sampling_correction=True),
-    "RLOOConfig": dict(top_p=1.0, top_k=0, num_iterations=1, epsilon=0.2, normalize_advantages=False,
-                       mask_truncated_completions=False, log_completions=False, generation_kwargs=None),
+    "KTOConfig": dict(max_length=512, train_sampling_strategy="sequential"),
+    "GRPOConfig": dict(epsilon_high=0.2, mask_truncated_completions=False, generation_kwargs=None,
+                       router_aux_loss_coef=None, vllm_importance_sampling_correction=True),
+    "RLOOConfig": dict(generation_kwargs=None),
     "PPOConfig": {},
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import pytest
 from clear import cases, check
 
 from rlnb.data import annotators, preferences, shapes
-from rlnb.data.annotators import AI, Annotator, Clarity, LengthBiased, Noisy, Verifier
+from rlnb.data.annotators import Annotator, Clarity, LengthBiased, Noisy, Verifier
 
 USER, SAID = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": "5"}
 PAIR = {"prompt": "How many?", "chosen": "5", "rejected": "6"}
@@ -184,8 +184,6 @@ def good():
     (ask(Scores(math.nan)), ValueError, "row a: mine scores [nan, nan], which has no order"),
     (ask(LengthBiased(weight=math.nan)), ValueError, "row a: length-biased scores [nan, nan]"),
     (ask(Silent()), NotImplementedError, "Silent compares responses but has no scores"),
-    (ask(AI(lambda texts: [math.nan, 1.0])), ValueError, "row a: ai scores [nan, 1.0]"),
-    (ask(AI(lambda texts: [None, 1.0])), ValueError, "row a: ai scores [None, 1.0]"),
     (lambda folder: Noisy(rate=1.5), ValueError, "rate is 1.5", "between 0 and 1"),
     (lambda folder: Noisy(rate=-0.1), ValueError, "rate is -0.1", "between 0 and 1"),
     (lambda folder: Noisy(rate=math.nan), ValueError, "rate is nan", "between 0 and 1"),

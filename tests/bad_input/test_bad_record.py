@@ -172,7 +172,8 @@ def moved(**values):
 @cases(
     (panel("dqn"), ValueError, "no recipe for 'dqn'", "there are sft, reward_model"),
     (panel(bta=1.0), TypeError, "DPOConfig", "unexpected keyword argument 'bta'"),
-    (panel(start="base"), TypeError, "DPOConfig", "unexpected keyword argument 'start'"),
+    (panel(start="no/such/folder"), FileNotFoundError, "no adapter 'no/such/folder'", "is no folder"),
+    (lambda house: Panel("dpo", start=house / "runs"), FileNotFoundError, "is not an adapter", "adapter_config.json"),
     (moved(bta=1.0), ValueError, "no knob bta", "there are", "rank"),
 )
 @pytest.mark.filterwarnings("ignore:skipped broken run")

@@ -1,4 +1,4 @@
-"""What a step of PPO costs on the practice model, phase by phase.
+"""What a step of PPO costs on the practice model.
 
     python -m tests.benchmarks.ppo                            # on an idle machine
     OMP_NUM_THREADS=1 python -m tests.benchmarks.ppo --cpu-time   # on a busy one
@@ -28,7 +28,6 @@ WAYS = {  # changes of the usual settings
     "pieces of 8": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8},
     "4 mini-batches": {"num_mini_batches": 4},
 }
-PHASES = ("step_time/rollout", "step_time/measure", "step_time/update", "step_time")
 
 
 def trainer(steps: int, **settings: object) -> ppo.PPOTrainer:
@@ -48,23 +47,18 @@ def trainer(steps: int, **settings: object) -> ppo.PPOTrainer:
 
 
 def cost(rounds: int, chosen: dict[str, dict]) -> None:
-    """Seconds per phase for each way, least of the rounds; the first step of each warms up."""
+    """Seconds of a step for each way, least of the rounds; the first step of each warms up."""
     seconds = {way: [] for way in chosen}
     for _ in range(rounds):
         for way, settings in chosen.items():
             run = trainer(3, **settings)
             run.train()
             rows = [row for row in run.state.log_history if "loss" in row][1:]
-            seconds[way] += [[row[phase] for phase in PHASES] for row in rows]
+            seconds[way] += [row["step_time"] for row in rows]
             tokens = mean(row["completions/mean_length"] for row in rows)
-    print(
-        f"{'':28}"
-        + "".join(f"{p.rpartition('/')[2]:>11}" for p in PHASES)
-        + f"   ({tokens:.0f} tokens each)"
-    )
+    print(f"{'':28}{'step':>11}   ({tokens:.0f} tokens each)")
     for way, found in seconds.items():
-        least = [min(column) for column in zip(*found, strict=True)]
-        print(f"{way:28}" + "".join(f"{x:11.2f}" for x in least), flush=True)
+        print(f"{way:28}{min(found):11.2f}", flush=True)
 
 
 def profile() -> None:

@@ -41,10 +41,10 @@ from typing import Any
 
 from rlnb import files, machine
 from rlnb.data import shapes
-from rlnb.measure import peak
 from rlnb.model import LoRA, load_model, memory, reward_model
 from rlnb.task import problems
 from rlnb.tools import setup as bootstrap
+from tests.benchmarks import memory as peak
 
 import pandas as pd
 

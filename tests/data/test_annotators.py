@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from rlnb.data import preferences
-from rlnb.data.annotators import AI, Clarity, LengthBiased, Noisy, Verifier
+from rlnb.data.annotators import Clarity, LengthBiased, Noisy, Verifier
 from tests.rows import ANSWER, LOOSE, QUESTION, RIGHT, WRONG, Fixed, row
 
 
@@ -99,22 +99,6 @@ def test_one_dimension_alone_and_tastes_that_differ():
 def test_an_annotator_that_cannot_work(make, says):
     with pytest.raises((ValueError, NotImplementedError), match=says):
         make()
-
-
-def test_a_model_judges_conversations_each_once():
-    seen = []
-
-    def score(conversations):
-        seen.extend(conversations)
-        return [float(len(messages[-1]["content"])) for messages in conversations]
-
-    asked = row("long answer", "short", "long answer")
-    (found,) = preferences.annotate([asked], AI(score))
-    assert found["annotator"] == "ai" and found["scores"] == [11, 5, 11] and found["ranks"] == [1, 2, 1]
-    assert seen == [[*asked["prompt"], {"role": "assistant", "content": text}]
-                    for text in ("long answer", "short")]  # fmt: skip
-    biased = LengthBiased(weight=10, of=AI(score, name="rm"))
-    assert judged("a", "bb", annotator=biased)[0]["scores"] == [2, 4]
 
 
 def test_an_annotator_of_ones_own_needs_a_score_only():

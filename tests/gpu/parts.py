@@ -229,8 +229,8 @@ def resume() -> dict[str, Any]:
 
 def memory() -> dict[str, Any]:
     """What three steps take, against the prediction."""
-    from rlnb.measure.peak import try_out
     from rlnb.model import LoRA
+    from tests.benchmarks.memory import try_out
 
     predicted, measured = try_out(PRACTICE, LoRA(), batch=16 if DRY else 64, length=128 if DRY else 256)
     took = measured.gpu or measured.ram

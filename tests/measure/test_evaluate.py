@@ -102,7 +102,7 @@ SOME = problems.load("validation")[:12]
 
 def test_accuracy_grades_each_problem_by_its_own_completion(practice):
     model, tokens = practice
-    found = evaluate.accuracy(model, tokens, SOME, batch_size=5, progress=False)
+    found = evaluate.accuracy(model, tokens, SOME, progress=False)
     assert [row["id"] for row in found.rows] == [problem.id for problem in SOME]
     for problem, row in zip(SOME, found.rows, strict=True):
         grade = problems.grade(row["completion"], problem.question, problem.answer)

@@ -7,11 +7,7 @@ import pytest
 
 from rlnb.measure import judge
 from rlnb.measure.judge import PairReport
-from rlnb.model import load_model
-from tests import tiny
-from tests.rows import LOOSE, QUESTION, RIGHT
 
-import torch  # after rlnb.model, which brings in Unsloth
 
 
 def test_accuracy_loss_and_calibration_of_known_margins():
@@ -70,19 +66,3 @@ def test_draws_with_partly_equal_scores_by_enumeration():
         assert judge.best_of_n([proxy], [gold], [n])[n] == pytest.approx(sum(best) / len(best))
     many = [[float(i) for i in range(2000)]]  # counts of draws far beyond a float
     assert judge.best_of_n(many, [[0.0] * 1000 + [1.0] * 1000], [1000])[1000] == pytest.approx(1)
-
-
-def test_mean_log_probability_of_responses(tmp_path):
-    network, tokens = load_model(tiny.make(tmp_path))
-    texts = [RIGHT, LOOSE, "", "5"]
-    user = [{"role": "user", "content": QUESTION}]
-    found = judge.mean_log_prob(
-        network, tokens, [[*user, {"role": "assistant", "content": text}] for text in texts]
-    )
-    for text, mean in zip(texts, found, strict=True):
-        head = tokens(f"<|user|>{QUESTION}<|assistant|>")["input_ids"]
-        ids = tokens(f"<|user|>{QUESTION}<|assistant|>{text}<|end|>")["input_ids"]
-        with torch.no_grad():
-            logps = network(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
-        own = [logps[t - 1, ids[t]].item() for t in range(len(head), len(ids))]
-        assert mean == pytest.approx(sum(own) / len(own), abs=1e-4)

@@ -49,7 +49,7 @@ def test_kl_agrees_with_all_sequences_of_two_tokens(adapted):
     prompt_ids = sampling.tokenize(tokens, PROMPTS)
     exact = [exact_kl_of_two_tokens(model, prompt, tokens.eos_token_id) for prompt in prompt_ids]
     found = [
-        kl(model, tokens, [prompt] * 2, n=400, max_new_tokens=2, seed=seed)
+        kl(model, tokens, [prompt] * 800, max_new_tokens=2, seed=seed)
         for seed, prompt in enumerate(PROMPTS)
     ]
     for truth, estimate in zip(exact, found, strict=True):
@@ -83,12 +83,12 @@ def test_kl_to_itself_is_zero_and_a_reference_can_be_given(adapted):
     model, tokens = adapted
     itself = kl(model, tokens, PROMPTS, reference=model, max_new_tokens=8)
     assert (itself.mean, itself.k1) == pytest.approx((0, 0), abs=1e-6)
-    disabled = kl(model, tokens, PROMPTS, n=2, max_new_tokens=8)
+    disabled = kl(model, tokens, PROMPTS, max_new_tokens=8)
     base = copy.deepcopy(model)
     for name, parameter in base.named_parameters():
         if "lora_B" in name:
             parameter.data.zero_()
-    given = kl(model, tokens, PROMPTS, n=2, max_new_tokens=8, reference=base)
+    given = kl(model, tokens, PROMPTS, max_new_tokens=8, reference=base)
     assert given.mean == pytest.approx(disabled.mean, rel=1e-4)
 
 
@@ -99,10 +99,3 @@ def test_kl_refuses_what_is_no_reference(adapted, tmp_path):
         kl(base, tokens, PROMPTS)
     with pytest.raises(ValueError, match="1 prompt"):
         kl(model, tokens, PROMPTS[:1])
-    config = model.peft_config["default"]
-    config.init_lora_weights = "pissa_niter_4"
-    try:
-        with pytest.raises(ValueError, match=r"'pissa_niter_4', which changes the base"):
-            kl(model, tokens, PROMPTS)
-    finally:
-        config.init_lora_weights = True

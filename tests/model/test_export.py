@@ -194,17 +194,16 @@ def test_the_card_says_what_the_model_is_made_of(pair, tmp_path):
         id="20261120-sft", method="sft", seed=7, parent="20261119-sft",
         result={"strict": strict, "mean_tokens": 31.25, "start": {"strict": strict}},
     )  # fmt: skip
-    folder = export.export_merged(*pair, tmp_path / "solver", PROMPTS[:2], run=run, licence="mit")
+    folder = export.export_merged(*pair, tmp_path / "solver", PROMPTS[:2], run=run)
     lines = (folder / "README.md").read_text().splitlines()
-    assert lines[:8] == [
+    assert lines[:7] == [
         "---", "base_model: tiny", "library_name: transformers", "pipeline_tag: text-generation",
-        "license: mit", "---", "", "# solver",
+        "---", "", "# solver",
     ]  # fmt: skip
     for row in [
         "| base model | tiny |",
         "| adapter | LoRA rank 8, alpha 16, merged into the weights |",
         "| data | not recorded |",
-        "| licence | mit |",
         "| run | 20261120-sft, method sft, seed 7, started from 20261119-sft |",
         "| strict | 130 of 200 |",
     ]:
@@ -225,7 +224,7 @@ def test_without_a_run_the_card_says_so(pair, tmp_path):
 
 def test_the_practice_models_licence_is_known(pair, base, monkeypatch):
     monkeypatch.setattr(export.folders, "DATA", base.parent)
-    assert "license: apache-2.0\n" in export._model_card(pair[0], "checked", None, "", None, "x")
+    assert "license: apache-2.0\n" in export._model_card(pair[0], "checked", None, "", "x")
 
 
 def test_an_interrupted_export_leaves_the_old_one_whole(pair, tmp_path, monkeypatch):

@@ -10,7 +10,9 @@ import signal
 import threading
 import time
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from rlnb.model import LoRA, load_model, trainable
 from rlnb.model.folders import base_name, resolve
@@ -147,7 +149,19 @@ def test_alpha_is_a_knob_where_an_adapter_is_new_and_its_scale_is_told():
     assert "alpha / r = 32 / 64 = 0.5" in plain(panel.costs.value)
     panel.set(alpha=128)
     assert "alpha / r = 128 / 64 = 2" in plain(panel.costs.value)
-    assert "alpha" not in Panel("dpo").knobs and "alpha" in Panel("orpo").knobs
+    assert "alpha" not in Panel("dpo").knobs and "alpha" in Panel("dpo", start="base").knobs
+
+
+def test_a_saved_adapter_keeps_its_rank_and_its_scale(tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    saved = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(saved))
+    save_file({"q_proj.lora_B.weight": np.ones((2, 4))}, folder / "adapter_model.safetensors")
+    panel = Panel("dpo", start=folder)
+    assert not {"rank", "alpha"} & set(panel.knobs) and "alpha / r = 8 / 4 = 2" in plain(panel.costs.value)
+    panel.set(max_lora_rank=1)
+    assert "LoRA rank 4 is above max_lora_rank 1" in panel.costs.value
 
 
 # --- forecast ------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ import random
 from rlnb.model import LoRA, load_model, sampling
 from rlnb.task import rewards
 from rlnb.train import ppo
+from rlnb.train.ppo.rollouts import lay_out
 
+import peft
 import torch
 import transformers
 from datasets import Dataset
@@ -51,9 +53,8 @@ def digits(completions, **columns):
 
 
 def load(base, start="new", dropout=0.0):
-    """A policy: with a new adapter, with one that has learnt something, or trained in full."""
-    lora = None if start == "full" else LoRA(rank=4, dropout=dropout)
-    model, tokenizer = load_model(base, lora=lora)
+    """A policy: with a new adapter, or with one that has learnt something."""
+    model, tokenizer = load_model(base, lora=LoRA(rank=4, dropout=dropout))
     if start == "trained":
         spread(model)
     return model, tokenizer
@@ -77,10 +78,15 @@ def config(folder, **settings):
 
 def build(loaded, folder, reward=digits, data=None, rollout=script, callbacks=None, **settings):
     model, tokenizer = loaded
-    return ppo.PPOTrainer(
-        model, config(folder, **settings), reward, data or prompts(), tokenizer,
-        rollout_func=rollout, callbacks=callbacks,
-    )  # fmt: skip
+    trainer = ppo.PPOTrainer(
+        model, config(folder, **settings), reward, data or prompts(), tokenizer, callbacks=callbacks
+    )
+    if rollout:  # in the place of samples
+        pad = trainer.processing_class.pad_token_id or 0
+        trainer._roll_out = lambda rows: lay_out(
+            rollout([row["prompt"] for row in rows], trainer), trainer.end_tokens, pad, trainer.accelerator.device
+        )
+    return trainer
 
 
 def batch_of(trainer, n=8, advantages=True):
@@ -143,3 +149,9 @@ def of_make(kind, vocabulary=120, **more):
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
     return model
+
+
+def adapted(model, rank=8):
+    """The model with a new adapter on all its linear layers."""
+    lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, lora)

@@ -52,10 +52,8 @@ class Seen(progress.Screen):
     def __init__(self, stop_at=None):
         self.total, self.steps, self.stop_at = None, [], stop_at
 
-    def begin(self, total):
-        self.total = total
-
     def show(self, rows, total):
+        self.total = total
         self.steps.append(rows[-1]["step"])
         self.stopping |= rows[-1]["step"] == self.stop_at
 

@@ -4,12 +4,12 @@ import random
 
 import pytest
 
-from rlnb.model import sampling
+from rlnb.model import adapters, sampling
 from rlnb.train.ppo import actor_critic
 from rlnb.train.ppo.rollouts import lay_out
 from tests import tiny
 from tests.train.ppo_tiny import (
-    END, PAD, assert_same, build, load, log, naive_log_probs, of_make, prompts, spread,
+    END, PAD, adapted, assert_same, build, load, log, naive_log_probs, of_make, prompts, spread,
 )  # fmt: skip
 
 import peft
@@ -24,7 +24,7 @@ def base(tmp_path_factory):
 
 def laid_out(prompt_ids, completion_ids, pad=PAD):
     found = {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
-    return lay_out(prompt_ids, found, {END}, pad)
+    return lay_out(found, {END}, pad)
 
 
 @pytest.mark.parametrize("kind", ("llama", "mistral", "gpt2", "gemma2"))
@@ -35,7 +35,7 @@ def test_padding_early_ends_and_truncation_leave_log_probs_as_they_are(kind):
     rows[0][1][-1] = rows[1][1][-1] = END
     with torch.no_grad():
         expected = [naive_log_probs(model, *row) for row in rows]
-        actor = actor_critic.ActorCritic(model)
+        actor = actor_critic.ActorCritic(adapted(model))
         assert actor.plain_head == (kind != "gemma2")
         torch.nn.init.normal_(actor.value_head.weight)
         for pad in (PAD, END, 50):
@@ -89,49 +89,36 @@ def test_a_large_vocabulary_in_pieces_gives_the_same_numbers(monkeypatch):
 def test_the_reference_is_where_the_policy_starts(base, tmp_path):
     for start in ("new", "trained"):
         trainer = build(load(base, start), tmp_path, max_steps=3)
-        assert trainer.reference.actor is trainer.actor_critic  # no second base
         trainer.train()
         assert [row["kl/sequence"] == 0 for row in log(trainer)] == [True, False, False]
         assert log(trainer)[-1]["kl"] != 0
 
 
-def test_the_kl_is_measured_where_it_costs_no_reward_but_not_at_the_price_of_a_second_model(base, tmp_path):
-    adapter = build(load(base, "trained"), tmp_path, max_steps=2, kl_coef=0.0)
-    adapter.train()
-    assert log(adapter)[1]["kl"] != 0
-    full = build(load(base, "full"), tmp_path, kl_coef=0.0)
-    full.train()
-    assert full.reference is None and "kl" not in log(full)[0]
-
-
-def test_full_fine_tuning_measures_from_a_frozen_copy_of_the_model(base, tmp_path):
-    trainer = build(load(base, "full"), tmp_path, max_steps=2, learning_rate=1e-3)
-    start = {n: p.clone() for n, p in trainer.model.named_parameters()}
+def test_the_kl_is_measured_where_it_costs_no_reward(base, tmp_path):
+    trainer = build(load(base, "trained"), tmp_path, max_steps=2, kl_coef=0.0)
     trainer.train()
-    assert_same(dict(trainer.reference.actor.model.named_parameters()), start)
-    assert all(not torch.equal(p, start[n]) for n, p in trainer.model.named_parameters())
-    assert log(trainer)[0]["kl"] == 0 and log(trainer)[1]["kl"] != 0
+    assert log(trainer)[1]["kl"] != 0
 
 
 @pytest.mark.parametrize("start", ("new", "trained"))
 def test_the_reference_at_work_leaves_the_policy_as_it_was(base, start):
     model, _ = load(base, start)
-    reference = actor_critic.Reference(actor_critic.ActorCritic(model.eval()))
+    actor_critic.add_reference(model.eval())
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     assert {n for n, on in flags.items() if on} == {n for n in flags if ".default." in n}
     ids = torch.arange(4, 12)[None]
     with torch.no_grad():
         policy = model(input_ids=ids).logits
-        with pytest.raises(KeyboardInterrupt), reference.active() as actor:
-            assert torch.equal(actor.model(input_ids=ids).logits, policy)  # it has not moved yet
+        with pytest.raises(KeyboardInterrupt), adapters.using(model, "ref"):
+            assert torch.equal(model(input_ids=ids).logits, policy)  # it has not moved yet
             raise KeyboardInterrupt
         assert model.active_adapter == "default"
         assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
         spread(model, seed=2)
         moved = model(input_ids=ids).logits
         assert not torch.equal(moved, policy)
-        with reference.active() as actor:
-            found = actor.model(input_ids=ids).logits
+        with adapters.using(model, "ref"):
+            found = model(input_ids=ids).logits
             torch.testing.assert_close(found, policy, rtol=1e-5, atol=1e-6)
         assert torch.equal(model(input_ids=ids).logits, moved)
 
@@ -141,6 +128,8 @@ def test_models_that_cannot_be_policies_are_refused(base, tmp_path):
     frozen[0].requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the model trains"):
         build(frozen, tmp_path)
+    with pytest.raises(ValueError, match="is a LlamaForCausalLM without an adapter"):
+        build((of_make("llama"), tiny.tokenizer()), tmp_path)
     others, tokenizer = load(base)
     others.add_adapter("other", others.peft_config["default"])
     others.set_adapter("other")

@@ -3,11 +3,10 @@
 import pytest
 
 from rlnb.train import ppo
-from rlnb.train.ppo import base as ppo_base
 from tests import tiny
 from tests.train.ppo_tiny import (
-    END, assert_same, batch_of, build, config, digits, length, load, log, naive_log_probs, of_make, prompts,
-    script, weights,
+    END, adapted, assert_same, batch_of, build, config, digits, load, log, naive_log_probs, of_make,
+    prompts, script, spread, weights,
 )  # fmt: skip
 
 import torch
@@ -22,9 +21,9 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.parametrize("bf16", (False, True))
-@pytest.mark.parametrize("start", ("new", "trained", "full"))
+@pytest.mark.parametrize("start", ("new", "trained"))
 def test_at_the_first_update_the_ratio_is_1_and_the_kl_0(base, tmp_path, start, bf16):
-    loaded = load(base, start, dropout=0.0 if start == "full" else 0.5)
+    loaded = load(base, start, dropout=0.5)
     trainer = build(
         loaded, tmp_path, rollout=None, bf16=bf16, num_mini_batches=1, per_device_train_batch_size=4,
         gradient_accumulation_steps=4,
@@ -80,9 +79,10 @@ def test_gradients_of_the_whole_loss_are_finite_differences(tmp_path):
     """On GPT-2, which computes in float64 throughout if asked to; Llama's norms don't."""
     tokenizer = tiny.tokenizer()
     trainer = build(
-        (of_make("gpt2", len(tokenizer)), tokenizer), tmp_path, vf_coef=0.5,
+        (adapted(of_make("gpt2", len(tokenizer))), tokenizer), tmp_path, vf_coef=0.5,
         cliprange=5.0, cliprange_value=5.0, kl_coef=0.0,
     )  # fmt: skip
+    spread(trainer.model)
     torch.nn.init.normal_(trainer.actor_critic.value_head.weight)
     rows, batch = torch.arange(8), batch_of(trainer)
     actor = trainer.actor_critic.double()
@@ -94,7 +94,7 @@ def test_gradients_of_the_whole_loss_are_finite_differences(tmp_path):
         return trainer._losses(actor, batch, rows)[0].mean()
 
     loss().backward()
-    for name in ("h.0.attn.c_attn.weight", "h.1.mlp.c_fc.bias", "wte.weight", "value_head.weight"):
+    for name in ("h.0.attn.c_attn.lora_A.default.weight", "h.1.mlp.c_fc.lora_B.default.weight", "value_head.weight"):
         (parameter,) = (p for n, p in actor.named_parameters() if n.endswith(name))
         index = parameter.grad.abs().argmax().item()
         exact, flat, h = parameter.grad.flatten()[index].item(), parameter.data.view(-1), 1e-5
@@ -120,7 +120,7 @@ def toy(words=("<pad>", "<end>", "a", "b"), width=32):
         num_attention_heads=1, max_position_embeddings=16, eos_token_id=1, pad_token_id=0,
         bos_token_id=None, initializer_range=0.3,
     )  # fmt: skip
-    return transformers.LlamaForCausalLM(shape), tokenizer
+    return adapted(transformers.LlamaForCausalLM(shape), rank=width), tokenizer
 
 
 def test_a_bandit_ends_at_the_optimum_of_the_kl_regularised_objective(tmp_path):
@@ -213,7 +213,7 @@ def test_a_step_on_a_real_rollout_has_all_the_figures(base, tmp_path):
         "completions/clipped_ratio", "reward", "reward_std", "rewards/digits/mean", "kl", "kl/sequence",
         "entropy", "policy/loss", "policy/approx_kl", "policy/clipfrac", "policy/ratio", "value/loss",
         "value/explained_variance",
-        "step_time", "step_time/rollout",
+        "step_time",
     ):  # fmt: skip
         assert isinstance(row[name], float), name
     assert 4 < row["entropy"] <= torch.tensor(trainer.model.config.vocab_size).log()
@@ -253,18 +253,6 @@ def test_gradient_checkpointing_changes_nothing(base, tmp_path):
     assert_same(*found, rtol=1e-5, atol=1e-6)
 
 
-def test_figures_of_an_earlier_training_are_not_in_the_next(base, tmp_path):
-    trainer = build(load(base), tmp_path, length, max_steps=3, logging_steps=2, learning_rate=0.0)
-    trainer.train()  # the third step is not logged
-    trainer.args.logging_steps = 1
-    trainer.train()
-    (first, *_), sizes = log(trainer), []
-    for row in trainer.get_train_dataloader():
-        found = script([r["prompt"] for r in row], trainer)["completion_ids"]
-        sizes.append(sum(map(len, found)) / len(found))
-    assert any(first["completions/mean_length"] == pytest.approx(size) for size in sizes)
-
-
 def test_callbacks_see_one_step_per_batch_and_the_language_model(base, tmp_path):
     seen = []
 
@@ -281,10 +269,10 @@ def test_callbacks_see_one_step_per_batch_and_the_language_model(base, tmp_path)
 
 def test_of_trainer_only_what_is_meant_is_overridden():
     """A helper that happens to have the name of one of Trainer's breaks what is not tested here."""
-    own = {name for kind in (ppo.PPOTrainer, ppo_base.ActorCriticTrainer) for name in vars(kind)}
+    own = set(vars(ppo.PPOTrainer))
     shared = {n for n in own & set(dir(transformers.Trainer)) if not n.startswith("__")}
     assert shared == {
-        "training_step", "create_optimizer", "train", "log", "_wrap_model", "_save", "_load_from_checkpoint",
+        "training_step", "create_optimizer", "log", "_wrap_model", "_save", "_load_from_checkpoint",
     }  # fmt: skip
 
 
@@ -334,18 +322,3 @@ def test_settings_that_cannot_work_are_refused(tmp_path, settings, match):
 def test_what_does_not_fit_is_refused_before_the_first_step(base, tmp_path, settings, match):
     with pytest.raises(ValueError, match=match):
         build(load(base), tmp_path, **settings)
-
-
-@pytest.mark.parametrize("change, match", (
-    (lambda f: f["completion_ids"].pop(), r"returned completion_ids of .* tokens for 8 prompts"),
-    (lambda f: f["completion_ids"][2].clear(), r"returned completion_ids of \[\d, \d, 0, "),
-    (lambda f: f["prompt_ids"][1].clear(), r"returned prompt_ids of \[\d+, 0, "),
-))  # fmt: skip
-def test_a_rollout_function_that_fails_is_told_so(base, tmp_path, change, match):
-    def broken(texts, trainer):
-        found = script(texts, trainer)
-        change(found)
-        return found
-
-    with pytest.raises(ValueError, match=match):
-        build(load(base), tmp_path, rollout=broken).train()

@@ -6,8 +6,6 @@ adapter (reward.py).
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rlnb.model import adapters
@@ -22,7 +20,7 @@ LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in float32
 
 
 class ActorCritic(nn.Module):
-    """What PPO trains: a causal language model as the policy, and the value of each state.
+    """What PPO trains: a causal language model with LoRA as the policy, and the value of each state.
 
     A linear head on the policy's own last hidden state gives the value, so that one forward pass serves
     both and the value's gradient reaches the policy's adapter. The head is float32 whatever the model is,
@@ -33,11 +31,11 @@ class ActorCritic(nn.Module):
     def __init__(self, model: Any, temperature: float = 1.0):
         super().__init__()
         self.model, self.temperature = model, temperature
-        width = causal_lm(model).config.get_text_config().hidden_size
+        width = model.config.get_text_config().hidden_size
         self.value_head = nn.Linear(width, 1, dtype=torch.float32, device=model.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self.plain_head = _head_is_plain(causal_lm(model))
+        self.plain_head = _head_is_plain(model.get_base_model())
 
     def forward(self, ids_BL: Tensor, predicts_BL: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability, entropy (if asked for) and value of each of N completion tokens, as (N,).
@@ -49,7 +47,7 @@ class ActorCritic(nn.Module):
         """
         states = predicts_BL.flatten().nonzero()[:, 0]  # index_select is faster than a mask backwards
         target_N = ids_BL.roll(-1, 1).flatten()[states]
-        lm = causal_lm(self.model)
+        lm = self.model.get_base_model()
         if self.plain_head:  # logits of completion tokens alone, from the output layer
             head = lm.get_output_embeddings()
             hidden = lm.get_decoder()(input_ids=ids_BL, use_cache=False).last_hidden_state
@@ -107,37 +105,13 @@ def _head_is_plain(lm: Any) -> bool:
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2, atol=1e-2)
 
 
-class Reference:
-    """What KL is measured from: a frozen copy of where the policy starts, with LoRA of its adapter alone."""
-
-    def __init__(self, actor: ActorCritic):
-        self.actor, model = actor, actor.model
-        if has_adapter(model):
-            config = copy.deepcopy(model.peft_config[POLICY])
-            weights = get_peft_model_state_dict(model, None, POLICY, save_embedding_layers=False)
-            add_frozen(model, REFERENCE, config, weights)
-        else:
-            self.actor = ActorCritic(copy.deepcopy(model).requires_grad_(False), actor.temperature)
-
-    @contextmanager
-    def active(self) -> Iterator[ActorCritic]:
-        """The module to run forward, as the reference while inside."""
-        model = self.actor.model
-        with adapters.using(model, REFERENCE) if has_adapter(model) else nullcontext():
-            yield self.actor
-
-
 # --- adapters ------------------------------------------------------------------------------------
 
 
-def has_adapter(model: Any) -> bool:
-    """Whether this is a PEFT model, so that its base is frozen and shared."""
-    return isinstance(model, PeftModel)
-
-
-def causal_lm(model: Any) -> Any:
-    """The transformers model itself, without PEFT around it."""
-    return model.get_base_model() if has_adapter(model) else model
+def add_reference(model: Any) -> None:
+    """Put a frozen copy of the policy's adapter beside it, as it is now: what KL is measured from."""
+    weights = get_peft_model_state_dict(model, None, POLICY, save_embedding_layers=False)
+    add_frozen(model, REFERENCE, copy.deepcopy(model.peft_config[POLICY]), weights)
 
 
 def add_frozen(model: Any, name: str, config: Any, weights: dict[str, Tensor]) -> None:
@@ -157,11 +131,13 @@ def add_frozen(model: Any, name: str, config: Any, weights: dict[str, Tensor]) -
 
 
 def check_policy(model: Any) -> None:
-    """Raise ValueError unless the model trains, and with LoRA its adapter "default" alone."""
+    """Raise ValueError unless the model has an adapter "default", and that alone trains."""
+    if not isinstance(model, PeftModel) or POLICY not in model.peft_config:
+        says = "policy, critic and reference share a frozen base. Load it with load_model(..., lora=LoRA()) or a folder"
+        raise ValueError(f"PPO's model is a {type(model).__name__} without an adapter {POLICY!r}: {says}")
     trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trains:
         raise ValueError("no parameter of the model trains: load it with load_model(..., lora=LoRA()) or a folder")
-    others = [name for name in trains if f".{POLICY}." not in f"{name}."]
-    if has_adapter(model) and others:  # turning the adapter off would not turn these off
+    if others := [name for name in trains if f".{POLICY}." not in f"{name}."]:
         says = "the base must be frozen, so with LoRA take bias='none', or set its requires_grad to False"
         raise ValueError(f"{others[0]} is not of the adapter {POLICY!r} and trains: {says}")

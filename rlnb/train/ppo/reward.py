@@ -10,7 +10,7 @@ from typing import Any
 from rlnb.model import adapters
 from rlnb.model.folders import read_saved
 from rlnb.task import rewards
-from rlnb.train.ppo.actor_critic import add_frozen, causal_lm, has_adapter, linear
+from rlnb.train.ppo.actor_critic import add_frozen, linear
 from rlnb.train.ppo.rollouts import Rollouts, right_pad
 
 import torch
@@ -101,13 +101,10 @@ class AdapterReward:
     """A LoRA adapter with a score head, on the policy's own frozen base."""
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path, adapter: str):
-        if not has_adapter(model):
-            says = "give the policy LoRA, or the reward as a function (rlnb.model.reward_model.as_reward)"
-            raise ValueError(f"{folder} is an adapter, which needs a frozen base, and the policy's trains: {says}")
         self.name, self.model, self.adapter, self.pad = folder.name, model, adapter, tokenizer.pad_token_id or 0
         folder, _ = read_saved(folder, reward=True)
         lora = LoraConfig.from_pretrained(str(folder))
-        names = [Path(name or "").name for name in (lora.base_model_name_or_path, causal_lm(model).name_or_path)]
+        names = [Path(name or "").name for name in (lora.base_model_name_or_path, model.get_base_model().name_or_path)]
         if all(names) and len(set(names)) > 1:
             raise ValueError(f"{folder} was trained on {names[0]}, and the policy's base is {names[1]}: take its own")
         weights = load_file(folder / "adapter_model.safetensors")
@@ -129,7 +126,7 @@ class AdapterReward:
         """
         score_B, device = torch.empty(len(ids)), self.model.device
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        decoder = causal_lm(self.model).get_decoder()
+        decoder = self.model.get_base_model().get_decoder()
         with adapters.using(self.model, self.adapter):
             for start in range(0, len(order), ROWS_AT_ONCE):
                 rows = order[start : start + ROWS_AT_ONCE]

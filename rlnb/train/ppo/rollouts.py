@@ -35,18 +35,11 @@ class Rollouts:
     returns_BT: Tensor | None = None
 
 
-def lay_out(
-    prompts: Sequence, found: Mapping[str, list], ends: set[int], pad: int, device: Any = None
-) -> Rollouts:
-    """A batch of what a rollout function has returned. ValueError unless that is one row per prompt.
+def lay_out(found: Mapping[str, list], ends: set[int], pad: int, device: Any = None) -> Rollouts:
+    """A batch of what `sampling.rollout` has returned, a row for each prompt.
 
     Lengths come from the lists, so that the end token may well be the one that pads.
     """
-    for key in ("prompt_ids", "completion_ids"):
-        sizes = [len(ids) for ids in found[key]]
-        if len(sizes) != len(prompts) or not all(sizes):
-            says = "PPO takes one row for each, of at least 1 token"
-            raise ValueError(f"rollout_func returned {key} of {sizes} tokens for {len(prompts)} prompts: {says}")
     start_B, size_B = (
         torch.tensor([len(ids) for ids in found[key]], device=device)
         for key in ("prompt_ids", "completion_ids")
@@ -102,9 +95,8 @@ def summary(
     for name, column_B in zip(names, rows(batch.scores_BR).unbind(1), strict=True):
         if not column_B.isnan().all():
             found[f"rewards/{name}/mean"] = column_B.nanmean()
-    if batch.reference_BT is not None:
-        kl = total(kl_estimate(batch.log_probs_BT, batch.reference_BT))
-        found |= {"kl": kl / n, "kl/sequence": kl / episodes}
+    kl = total(kl_estimate(batch.log_probs_BT, batch.reference_BT))
+    found |= {"kl": kl / n, "kl/sequence": kl / episodes}
     if (spread := variance(batch.returns_BT)) > 1e-9:
         missed = variance(batch.returns_BT - batch.values_BT)
         found["value/explained_variance"] = 1 - missed / spread

@@ -7,43 +7,48 @@ checkpoints, callbacks, several processes) is transformers' Trainer. TRL has had
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from rlnb.model import sampling
+from rlnb import files
+from rlnb.model import adapters, sampling
+from rlnb.model.folders import load_weights
 from rlnb.train.ppo import formulas, reward
-from rlnb.train.ppo.actor_critic import ActorCritic, Reference, check_policy, has_adapter
-from rlnb.train.ppo.base import ActorCriticTrainer
+from rlnb.train.ppo.actor_critic import POLICY, REFERENCE, ActorCritic, add_reference, check_policy
 from rlnb.train.ppo.config import PPOConfig
 from rlnb.train.ppo.rollouts import Rollouts, lay_out, put, summary
 
 import torch
 from accelerate.utils import set_seed
+from peft import PeftModel
+from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers import Trainer
 from trl.trainer.utils import disable_dropout_in_model
 
 UPDATE_METRICS = ("loss", "policy/loss", "policy/approx_kl", "policy/clipfrac", "policy/ratio", "value/loss")
+HEAD = "value_head.safetensors"  # in a checkpoint, beside the adapter
 
 
-class PPOTrainer(ActorCriticTrainer):
-    """Proximal policy optimization with a critic, for causal language models with or without LoRA.
+class PPOTrainer(Trainer):
+    """Proximal policy optimization with a critic, for causal language models with LoRA.
 
-    model: a PEFT model, whose adapter "default" trains (`rlnb.model.load_model`), or a model that trains
-        in full. It gets an adapter "ref", where it starts, and one named "reward" for a reward adapter.
-        Its dropout is set to 0.
+    model: a PEFT model, whose adapter "default" trains (`rlnb.model.load_model`). It gets an adapter "ref",
+        where it starts, and one named "reward" for a reward adapter. Its dropout is set to 0.
     reward_funcs: one or a list, see `reward.sources`; args.reward_weights weighs them.
     train_dataset: with a column "prompt" of strings or of messages. Other columns go to the reward functions.
-    rollout_func: (prompts, trainer) -> {"prompt_ids": ..., "completion_ids": ...}, as TRL's GRPOTrainer
-        takes it. The settings of sampling are attributes of the trainer.
 
+    Callbacks, checkpoints and the user see self.model, the PEFT model. The `model` in Trainer's
+    loop is the actor-critic, so that gradients of both are clipped and, over several processes, averaged together.
     Raises ValueError or TypeError, before anything is sampled, for what cannot work together.
     """
 
     def __init__(
         self, model: Any, args: PPOConfig, reward_funcs: Any, train_dataset: Any, processing_class: Any,
-        callbacks: list | None = None, rollout_func: Callable[[list, Any], dict[str, list]] | None = None,
+        callbacks: list | None = None,
     ):  # fmt: skip
         check_policy(model)
         self.micro_batch_size = args.per_device_train_batch_size
@@ -67,13 +72,15 @@ class PPOTrainer(ActorCriticTrainer):
             model=model, args=args, train_dataset=train_dataset, data_collator=list,
             processing_class=processing_class, callbacks=callbacks,
         )  # fmt: skip
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.n_gpu > 1:
+            says = "one device, or several with one process and a complete model on each (accelerate launch)"
+            raise ValueError(f"PPOTrainer works on {says}: not with DeepSpeed, FSDP or DataParallel")
+        self._metrics: dict[str, list[float]] = defaultdict(list)
         self.reward_weights = torch.tensor(weights, device=self.accelerator.device)
         self.actor_critic = ActorCritic(model, args.temperature)
-        # With LoRA the KL costs a forward pass, and is logged even where it has no weight.
-        self.reference = Reference(self.actor_critic) if has_adapter(model) or args.kl_coef else None
+        add_reference(model)
         self.end_tokens = sampling.end_tokens(model, processing_class)
-        # What `sampling.rollout` and others of its kind ask a trainer for:
-        self.rollout_func = rollout_func or sampling.rollout
+        # What `sampling.rollout` asks a trainer for:
         self.max_completion_length, self.temperature = args.max_completion_length, args.temperature
         self.chat_template, self.chat_template_kwargs = None, {}
         set_seed(args.seed, device_specific=True)  # each process samples in its own way
@@ -83,7 +90,7 @@ class PPOTrainer(ActorCriticTrainer):
 
         model: the actor-critic as accelerate has wrapped it. inputs: rows of the data set.
         """
-        args, times = self.args, [time.perf_counter()]
+        args, began = self.args, time.perf_counter()
         model.train()
 
         # 1. roll out: a completion for each prompt of the batch
@@ -91,7 +98,6 @@ class PPOTrainer(ActorCriticTrainer):
 
         # 2. score: what the rewards say of each completion
         self._score(batch, inputs)
-        times.append(time.perf_counter())
 
         # 3. measure: log-probabilities under policy and reference, values of the critic
         updates = formulas.plan_updates(
@@ -105,21 +111,15 @@ class PPOTrainer(ActorCriticTrainer):
         self.state.num_input_tokens_seen += int(self.accelerator.gather(batch.length_B).sum())
         self.record({"num_tokens": self.state.num_input_tokens_seen})
         self.record(summary(batch, self.reward_names, self.accelerator.gather))
-        times.append(time.perf_counter())
 
         # 5. update: clipped gradient steps, several epochs on the same batch
         loss = self._update(model, batch, updates)
-        times.append(time.perf_counter())
-
-        phases = ("step_time/rollout", "step_time/measure", "step_time/update")
-        self.record({p: b - a for p, (a, b) in zip(phases, pairwise(times), strict=True)})
-        self.record({"step_time": times[-1] - times[0]})
+        self.record({"step_time": time.perf_counter() - began})
         return torch.tensor(loss, device=args.device)
 
     def _roll_out(self, rows: list[dict]) -> Rollouts:
         prompts, pad = [row["prompt"] for row in rows], self.processing_class.pad_token_id or 0
-        found = self.rollout_func(prompts, self)
-        return lay_out(prompts, found, self.end_tokens, pad, self.accelerator.device)
+        return lay_out(sampling.rollout(prompts, self), self.end_tokens, pad, self.accelerator.device)
 
     def _score(self, batch: Rollouts, rows: list[dict]) -> None:
         with self.accelerator.autocast():
@@ -141,14 +141,12 @@ class PPOTrainer(ActorCriticTrainer):
             found = self._forward(self.actor_critic, batch, rows, entropy=True)
             for target_BT, flat_N in zip((log_probs_BT, entropy_BT, values_BT), found, strict=True):
                 put(target_BT, rows, batch.mask_BT, flat_N)
-        batch.log_probs_BT, batch.entropy_BT, batch.values_BT = log_probs_BT, entropy_BT, values_BT
-        if self.reference is None:
-            return
-        with self.reference.active() as reference:
+        with adapters.using(self.model, REFERENCE):
             for rows in pieces:
-                flat_N, _, _ = self._forward(reference, batch, rows)
+                flat_N, _, _ = self._forward(self.actor_critic, batch, rows)
                 put(reference_BT, rows, batch.mask_BT, flat_N)
-        batch.reference_BT = reference_BT
+        batch.log_probs_BT, batch.reference_BT = log_probs_BT, reference_BT
+        batch.entropy_BT, batch.values_BT = entropy_BT, values_BT
 
     def _forward(self, model: Any, batch: Rollouts, rows: Tensor, entropy: bool = False) -> tuple:
         """Log-probabilities, entropies and values of some rows' tokens, as (N,)."""
@@ -157,9 +155,8 @@ class PPOTrainer(ActorCriticTrainer):
             return model(batch.ids_BL[rows, :width], batch.predicts_BL[rows, :width], entropy)
 
     def _estimate_advantages(self, batch: Rollouts) -> None:
-        args, mask_BT, kl_BT = self.args, batch.mask_BT, torch.zeros_like(batch.log_probs_BT)
-        if batch.reference_BT is not None:
-            kl_BT = formulas.kl_estimate(batch.log_probs_BT, batch.reference_BT)
+        args, mask_BT = self.args, batch.mask_BT
+        kl_BT = formulas.kl_estimate(batch.log_probs_BT, batch.reference_BT)
         batch.rewards_BT = formulas.token_rewards(batch.score_B, kl_BT, mask_BT, args.kl_coef)
         batch.advantages_BT, batch.returns_BT = formulas.gae(
             batch.rewards_BT, batch.values_BT, mask_BT, args.gamma, args.lam
@@ -172,7 +169,10 @@ class PPOTrainer(ActorCriticTrainer):
         found = []
         for pieces in updates:
             if found:
-                self.step_optimizer(model)
+                if self.args.max_grad_norm:
+                    self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+                self.optimizer.step()
+                model.zero_grad()
             found.append(self._backward(model, batch, pieces))
         means = {name: sum(f[name] for f in found) / len(found) for name in UPDATE_METRICS}
         loss = means.pop("loss")
@@ -208,3 +208,55 @@ class PPOTrainer(ActorCriticTrainer):
         change_N = log_probs_N.detach() - old_N
         approx_kl_N = torch.expm1(change_N) - change_N
         return policy_N + args.vf_coef * value_N, [policy_N, approx_kl_N, clipped_N, change_N.exp(), value_N]
+
+    # --- Trainer's loop, with a critic beside its model --------------------------------------------
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        return self.accelerator.prepare(self.actor_critic) if model is self.model else model
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's optimizer, with the critic's head in a group of its own."""
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            rate, head = self.args.value_learning_rate, list(self.actor_critic.value_head.parameters())
+            self.optimizer.add_param_group({"params": head, "lr": rate, "weight_decay": 0.0})
+        return self.optimizer
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return self.accelerator.reduce(x, "sum")
+
+    # --- logs ------------------------------------------------------------------------------------
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Figures for the next log, which has their means."""
+        for name, value in metrics.items():
+            self._metrics[name].append(float(value))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **{name: sum(v) / len(v) for name, v in self._metrics.items()}}
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Policy and reference in PEFT's format, beside them the critic's head."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        # The class's own method: Unsloth puts another on the instance.
+        PeftModel.save_pretrained(
+            self.model, str(folder), selected_adapters=[POLICY, REFERENCE], save_embedding_layers=False
+        )
+        self.processing_class.save_pretrained(folder)
+        head = self.actor_critic.value_head.state_dict()
+        files.write(folder / HEAD, save({name: x.detach().cpu() for name, x in head.items()}))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if not (folder / HEAD).is_file():
+            raise FileNotFoundError(f"{folder} is no checkpoint of PPOTrainer: it has no {HEAD}")
+        load_weights(self.model, folder, POLICY, trainable=True)
+        load_weights(self.model, folder / REFERENCE, REFERENCE, trainable=False)
+        self.actor_critic.value_head.load_state_dict(load_file(folder / HEAD))

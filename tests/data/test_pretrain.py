@@ -2,12 +2,14 @@
 
 import hashlib
 import random
+import shutil
 
 import pytest
 
 from rlnb.model import load_model
 from rlnb.task import problems
-from rlnb.tools import pretrain
+from data.pretraining import card
+from data.pretraining import make as pretrain
 from rlnb.tools.setup import ROOT
 
 from transformers import AutoTokenizer
@@ -67,7 +69,7 @@ def test_interrupted_and_resumed_equals_never_interrupted(tmp_path, monkeypatch,
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert a.equal(b), name
 
-    pretrain.save(resumed, tokenizer, facts, tmp_path / "cut")
+    card.save(resumed, tokenizer, facts, tmp_path / "cut")
     assert not (tmp_path / "cut" / "resume.pt").exists()
     _, loaded = load_model(tmp_path / "cut")
     assert loaded.get_vocab() == tokenizer.get_vocab()
@@ -98,3 +100,13 @@ def test_what_ships():
 def test_the_shipped_tokenizer_comes_out_again():
     shipped = AutoTokenizer.from_pretrained(SHIPPED)
     assert pretrain.build_tokenizer(pretrain.Settings()).get_vocab() == shipped.get_vocab()
+
+
+def test_the_card_of_a_small_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(card, "COUNT", 20)
+    shutil.copytree(SHIPPED, tmp_path / "small")
+    card.write(tmp_path / "small")
+    text = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
+    assert text in capsys.readouterr().out
+    shipped = (SHIPPED / "README.md").read_text(encoding="utf-8")
+    assert text.split("| split |")[0].replace("# small", "# abacus-3m") == shipped.split("| split |")[0]

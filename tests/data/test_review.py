@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from rlnb.task import review as V
+from data.review import check as V
 from data.review import make as M
 
 ROWS = {split: V.load(split) for split in V.SPLITS}

@@ -7,9 +7,9 @@ import pytest
 import tiny
 import torch
 
-from rlnb.measure import peak
 from rlnb.model import LoRA, memory
 from rlnb.tools.setup import ROOT
+from tests.benchmarks import memory as peak
 
 
 @pytest.fixture(scope="module")

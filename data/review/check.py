@@ -13,7 +13,7 @@ from rlnb.task.rewards import Completion
 from rlnb.task.rewards import text as text_of
 from rlnb.task.triage import read_object
 
-DATA = Path(__file__).parents[2] / "data" / "review"
+DATA = Path(__file__).parent
 SPLITS = ("train", "test")
 KINDS = ("off-by-one", "swapped arguments", "wrong operator", "missing return",
          "mutable default", "unclosed file", "wrong variable", "none")  # fmt: skip

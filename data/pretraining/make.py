@@ -4,12 +4,13 @@ The text is written by careful and careless solvers of the word problems, the ca
 many styles of answer, of which the tagged one is rare. So the base model knows how to be right but seldom is,
 which is what fine-tuning needs. What a solver gets wrong depends on the kind of problem and on nothing else:
 no style and no context tells a careful writer from a careless one.
+
+    python -m rlnb pretrain                          # the model that ships, about 50 minutes on two cores
+    python -m rlnb pretrain --maturity young --seed 1 --out runs/abacus-young-1
 """
 
-import json
 import math
 import random
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlnb.task import problems
+from data.pretraining import card
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -165,7 +167,7 @@ def build_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
 
 
 def batches(
-    tokenizer: Any, settings: Settings, seed: int, exclude: set[tuple], stage: int, start: int = 0
+    tokenizer: Any, settings: Settings, seed: int | str, exclude: set[tuple], stage: int, start: int = 0
 ) -> Iterator[torch.Tensor]:
     """Endless (rows, length) int64 batches of a stage. Each depends on seed, stage and its number alone,
     so resuming is exact.
@@ -206,6 +208,16 @@ def _optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.optim
     return [muon, adam]
 
 
+def held_out_loss(model: LlamaForCausalLM, tokenizer: Any, settings: Settings, exclude: set[tuple]) -> float:
+    """Mean cross-entropy in nats per token on 256 rows of the last stage, of a seed that no run uses."""
+    stream, losses = batches(tokenizer, settings, "held-out", exclude, len(settings.stages) - 1), []
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(math.ceil(256 / settings.rows)):
+            x = next(stream)
+            losses.append(model(input_ids=x, labels=x).loss.item())
+    return sum(losses) / len(losses)
+
+
 def train_step(model: LlamaForCausalLM, optimizers: list, x: torch.Tensor) -> torch.Tensor:
     """One step of every optimizer on a (rows, length) batch; returns the loss, nats per token."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -244,8 +256,12 @@ def train(out: Path, settings: Settings, seed: int, save_every: int = 100) -> tu
                 (out / "resume.tmp").replace(out / "resume.pt")
         at |= {"stage": at["stage"] + 1, "step": 0}
     tokens = sum(map(settings.steps, settings.stages)) * settings.rows * settings.length
-    facts = {"parameters": model.num_parameters(), "tokens": tokens, "minutes": round(at["seconds"] / 60, 1)}
-    return model.eval(), tokenizer, facts | {"seed": seed}
+    facts = {
+        "parameters": model.num_parameters(), "tokens": tokens,
+        "minutes": round(at["seconds"] / 60, 1), "tokens_per_second": round(tokens / at["seconds"]),
+        "seed": seed, "held_out_loss": round(held_out_loss(model, tokenizer, settings, exclude), 4),
+    }  # fmt: skip
+    return model.eval(), tokenizer, facts
 
 
 def _stage_steps(
@@ -268,21 +284,10 @@ def _stage_steps(
             yield
 
 
-def save(model: Any, tokenizer: Any, facts: dict, out: Path) -> None:
-    """Writes safetensors in bf16, tokenizer, config and facts, each file whole or not at all."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    for file in partial.iterdir():
-        file.replace(out / file.name)
-    partial.rmdir()
-    (out / "resume.pt").unlink(missing_ok=True)
-
-
 def main(arguments: Any, rest: list[str]) -> int:
     """python -m rlnb pretrain"""
-    settings = Settings(tokens=round(Settings.tokens * MATURITIES[arguments.maturity]))
-    save(*train(arguments.out, settings, arguments.seed), arguments.out)
+    if not arguments.card_only:
+        settings = Settings(tokens=round(Settings.tokens * MATURITIES[arguments.maturity]))
+        card.save(*train(arguments.out, settings, arguments.seed), arguments.out)
+    card.write(arguments.out)
     return 0

@@ -1,0 +1,128 @@
+"""The real model over seeds: SmolLM2-135M on triage, what each method gains there and what is forgotten.
+
+    python -m rlnb fetch smollm2-135m
+    python -m tests.benchmarks.real               # three seeds: some four hours of two cores
+    python -m tests.benchmarks.real --resume      # go on after an interruption, by row
+
+Writes one row per arm and seed to data/results/real.csv. `right` has a digit for each held-out message: how many
+of its four fields are right; `tone` likewise, how many of the five marks its reply gets. Every run has a process
+and a core of its own, and its seconds are those of training alone. SFT sees a share of the training messages, in
+the same number of steps. DPO, KTO, GRPO start from the SFT run of all messages with the same seed.
+"""
+
+import argparse
+import os
+import random
+from typing import Any
+
+os.environ["RLNB_MODEL"] = "smollm2-135m"
+
+from datasets import Dataset
+
+from rlnb.data import preferences
+from rlnb.measure import general
+from rlnb.measure.judge import judge_pairs
+from rlnb.model import LoRA, load_model, reward_model, sampling
+from rlnb.record import runs
+from rlnb.task import triage
+from rlnb.train import methods
+from rlnb.tools import experiments
+from tests.benchmarks.over_seeds import RESULTS
+
+OUT = RESULTS / "real.csv"
+ARMS = ("base", "SFT", "SFT 25 %", "SFT 10 %", "SFT 5 %", "DPO", "KTO", "ORPO", "GRPO", "reward model")
+LORA, ASSISTANT = LoRA(rank=16, alpha=32), {"role": "assistant"}
+HELD_OUT, PAIRS = 200, 256  # messages
+# The settings of 16_real_model: a test holds them against its cells.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sft": dict(learning_rate=1e-3, max_steps=48, per_device_train_batch_size=16),
+    "dpo": dict(learning_rate=1e-4, max_steps=24, per_device_train_batch_size=8, beta=0.1),
+    "kto": dict(learning_rate=1e-4, max_steps=24, per_device_train_batch_size=16, beta=0.1),
+    "orpo": dict(learning_rate=1e-3, max_steps=48, per_device_train_batch_size=8, beta=0.1),
+    "grpo": dict(learning_rate=3e-4, max_steps=24, per_device_train_batch_size=32, num_generations=4,
+                 max_completion_length=56, reward_weights=[1.0, 0.25]),
+    "reward_model": dict(learning_rate=5e-4, max_steps=48, per_device_train_batch_size=8),
+}  # fmt: skip
+
+
+def demonstrations(share: float, seed: int) -> Dataset:
+    """A share of the training messages with their answers, in an order of this seed."""
+    rows = triage.load("train")
+    random.Random(seed).shuffle(rows)
+    return Dataset.from_list([{"prompt": triage.prompt(row), "completion": [ASSISTANT | {"content": row["completion"]}]}
+                              for row in rows[: round(share * len(rows))]])  # fmt: skip
+
+
+def pairs(seed: int) -> Dataset:
+    """Pairs of training messages, half with another reply, half with another field."""
+    rows = triage.load("train")
+    random.Random(seed).shuffle(rows)
+    found = triage.pairs(rows[: PAIRS // 2], "reply", seed) + triage.pairs(rows[PAIRS // 2 : PAIRS], "fields", seed)
+    random.Random(seed).shuffle(found)
+    return Dataset.from_list(found).select_columns(["prompt", "chosen", "rejected"])
+
+
+def sft(share: float, seed: int) -> runs.Run:
+    """The SFT run of this share and seed, made now if there is none."""
+    data = demonstrations(share, seed)
+    found = methods.find("sft", seed, lora=LORA, data=data, **SETTINGS["sft"])
+    return found or methods.train("sft", seed, data=data, lora=LORA, problems=(), **SETTINGS["sft"])
+
+
+def trained(arm: str, seed: int) -> runs.Run:
+    """The run of an arm."""
+    if arm.startswith("SFT"):
+        return sft(float(arm.split()[1]) / 100 if " " in arm else 1.0, seed)
+    method = arm.lower().replace(" ", "_")
+    given: dict[str, Any] = dict(problems=(), lora=LORA, **SETTINGS[method])
+    if method == "grpo":
+        rows = triage.load("train")
+        data = Dataset.from_list([{name: row[name] for name in triage.FIELDS} | {"prompt": triage.prompt(row)}
+                                  for row in rows])  # fmt: skip
+        given |= dict(data=data, reward=[triage.fields, triage.tone_reward], start=sft(1.0, seed))
+    elif method in ("orpo", "reward_model"):
+        given |= dict(data=pairs(seed)) | (dict(start="base") if method == "orpo" else {})
+    else:
+        data = preferences.unpair(pairs(seed), seed) if method == "kto" else pairs(seed)
+        given |= dict(data=data, start=sft(1.0, seed))
+    return methods.train(method, seed, **given)
+
+
+def measure(arm: str, seed: int) -> list[dict[str, Any]]:
+    """One row: what an arm with this seed is worth on the held-out messages, took and forgot."""
+    row: dict[str, Any] = {"method": arm, "seed": seed}
+    run = None if arm == "base" else trained(arm, seed)
+    if run:
+        row |= {"steps": run.get("max_steps"), "seconds": run.train_seconds, "peak_memory_mb": run.peak_memory_mb}
+    if arm == "reward model":
+        judge, tokenizer = reward_model.load(methods.model_name(), run.adapter)
+        unseen = Dataset.from_list(triage.pairs(triage.load("validation"), "reply", seed))
+        told = judge_pairs(judge, tokenizer, unseen).accuracy
+        return [row | {"pairs_right": told.k, "pairs": told.n}]
+    model, tokenizer = load_model(methods.model_name(), run.adapter if run else LORA)
+    held_out = random.Random(0).sample(triage.load("test"), HELD_OUT)
+    prompts = [triage.prompt(message) for message in held_out]
+    found = sampling.sample(model, tokenizer, prompts, temperature=0, max_new_tokens=64, progress=False)
+    texts = [text for (text,) in found.texts]
+    parsed = [triage.parse(text)[0] for text in texts]
+    tones = [triage.tone(p["reply"], m) if p else 0.0 for p, m in zip(parsed, held_out, strict=True)]
+    by_field = [triage.by_field(text, message) for text, message in zip(texts, held_out, strict=True)]
+    row |= {"valid": sum(p is not None for p in parsed), "n": len(held_out)}
+    row |= {name: sum(right[name] for right in by_field) for name in triage.FIELDS}
+    row |= {"right": "m" + "".join(str(sum(right.values())) for right in by_field)}  # m: text, not a number
+    row |= {"tone": "m" + "".join(str(round(5 * tone)) for tone in tones)}
+    asked, _ = general.asked(model, tokenizer)
+    row |= {"asked": asked.k, "questions": asked.n}
+    return [row | {"perplexity": round(general.perplexity(model, tokenizer), 2)}]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each; default: 2")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
+    parser.add_argument("--only", nargs="+", metavar="ARM", choices=ARMS, default=ARMS)
+    arguments = parser.parse_args()
+    os.environ["RLNB_PROFILE"] = "cpu"
+    options = {"resume": arguments.resume, "jobs": arguments.jobs, "first": "SFT"}
+    experiments.run_grid(measure, arguments.only, arguments.seeds, OUT, **options)
