@@ -5,6 +5,7 @@ from __future__ import annotations  # for Python 3.9: see rlnb/tools/setup.py
 import argparse
 import ast
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,15 +20,18 @@ from rlnb.tools.setup import ROOT
 
 METHODS = ("sft", "reward_model", "ppo", "rloo", "dpo", "kto", "orpo", "grpo")  # of rlnb.train, but light
 FETCHED = ("smollm2-135m",)  # of rlnb.profiles
+NBVAL = "pytest -p no:python --nbval-lax --nbval-current-env"
 # What `test` runs, python -m before each; PLAIN is the Python of the other environment, HTML a folder.
 STAGES = {
     "lint": ["ruff check rlnb tests data notebooks"],
-    "unit": ["pytest -n 2 --dist loadfile tests"],
-    "notebooks": ["pytest -p no:python --nbval-lax --nbval-current-env -n 2 --dist loadfile notebooks"],
+    "unit": ["pytest -n 2 --dist loadfile -m 'not slow' tests"],
+    "notebooks": [f"{NBVAL} -n 2 --dist loadfile --ignore-glob=*16_real_model.ipynb notebooks"],
+    "slow": ["pytest -n 2 --dist loadfile -m slow tests"],
     "learning": ["rlnb run --out HTML", "pytest -s tests/learning"],
-    "plain": ["rlnb setup --kind plain --venv .venv-plain", "PLAIN pytest -n 2 --dist loadfile tests",
+    "plain": ["rlnb setup --kind plain --venv .venv-plain", "PLAIN pytest -n 2 --dist loadfile -m 'not slow' tests",
               "PLAIN rlnb run --out HTML 02_sft 08_grpo"],
-    "real": [*(f"rlnb fetch {name}" for name in FETCHED), "pytest tests/real"],
+    "real": [*(f"rlnb fetch {name}" for name in FETCHED), "pytest tests/real",
+             f"{NBVAL} notebooks/16_real_model.ipynb"],
     "browser": ["pip install -q -r requirements-browser.txt", "pytest tests/browser"],
 }  # fmt: skip
 MISTAKES = (ValueError, TypeError, OSError, ImportError)  # whose words suffice
@@ -205,7 +209,7 @@ def _test(arguments, rest) -> int:
     for stage in arguments.stages or list(STAGES)[:3]:
         print(f"\n=== {stage}", flush=True)
         with tempfile.TemporaryDirectory() as runs:  # not among the user's own
-            if not all(_passes(command.split(), stage, runs) for command in STAGES[stage]):
+            if not all(_passes(shlex.split(command), stage, runs) for command in STAGES[stage]):
                 failed.append(stage)
     print(f"\nFAILED: {', '.join(failed)}" if failed else "\nAll passed.")
     return int(bool(failed))

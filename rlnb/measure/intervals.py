@@ -87,3 +87,15 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     middle, n = fmean(values), len(values)
     half = float(t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n) if n > 1 else 0.0
     return Estimate(middle, middle - half, middle + half)
+
+
+def over_both(table: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
+    """The mean of a table, a row for each seed of a training and a column for each problem, with its 95 %
+    percentile bootstrap interval: seeds and problems are drawn anew, each by themselves, 2,000 times.
+    """
+    import numpy as np
+
+    values, rng = np.asarray(table, float), np.random.default_rng(seed)
+    seeds, problems = (rng.multinomial(n, np.full(n, 1 / n), 2000) / n for n in values.shape)
+    low, high = np.quantile(((seeds @ values) * problems).sum(1), (0.025, 0.975))
+    return Estimate(float(values.mean()), float(low), float(high))

@@ -46,7 +46,7 @@ SHARED = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_ba
 def fit(
     method: str, trainer: Trainer, data: Any = None, *, start: runs.Run | str | Path | None = None,
     before: evaluate.Report | None = None, problems: Sequence[Problem] | None = None, check: bool = True,
-    resume: runs.Run | str | None = None,
+    resume: runs.Run | str | bool = False,
 ) -> runs.Run:  # fmt: skip
     """Check, train, save the adapter, measure, and keep a record of it all. Returns the run, done.
 
@@ -56,7 +56,8 @@ def fit(
     problems: to measure greedy answers on, default ``evaluate.held_out()``; () measures nothing. The
         report is in ``run.report``. check: False trains even what the checks refuse, to see why they do.
     resume: a run of the same settings and data that ended early, or its id: goes on from its newest
-        checkpoint. One is written about every minute, and deleted when the run is done.
+        checkpoint. One is written about every minute, and deleted when the run is done. True: the newest run of
+        this very training goes on, and if it is done it is returned, with its weights in the model.
 
     Raises ValueError before anything is spent for what ``preflight.check`` finds, RewardError for a
     reward that is no number. Ctrl-C, and what else asks the process to end, keeps what was learnt.
@@ -66,14 +67,15 @@ def fit(
         preflight.check(trainer, data)
     _guard_rewards(trainer)
     # 2. train
-    model, checkpoint = trainer.model, None
+    model = trainer.model
     data = trainer.train_dataset if data is None else data
     asked = _asked(method, trainer, data, start)
-    if resume is None:
-        _offer(asked)
-        record = runs.start(**asked, labels=0 if preflight.samples(trainer) else len(data))
-    else:
-        record, checkpoint = _resumed(asked, resume)
+    earlier = _earlier(asked)
+    if resume is True and earlier and earlier.status == "done":
+        load_weights(model, earlier.adapter, "default", trainable=True)
+        return earlier
+    labels = 0 if preflight.samples(trainer) else len(data)
+    record, checkpoint = _record(asked, labels, earlier, resume)
     with record as run:
         run.on_interrupt = lambda: _save(model, run)
         _train(trainer, run, checkpoint)
@@ -146,17 +148,27 @@ def _differs(run: runs.Run, asked: dict[str, Any]) -> str:
                  if name != "config" and run.get(name) != value), "")  # fmt: skip
 
 
-def _offer(asked: dict[str, Any]) -> None:
-    """Say so if the same training once ended early and left a checkpoint."""
+def _earlier(asked: dict[str, Any]) -> runs.Run | None:
+    """The newest run of the same training that is done, or that ended early and left a checkpoint."""
     for run in runs.find(method=asked["method"], model=asked["model"], seed=asked["seed"]):
-        if run.status in ("lost", "interrupted", "failed") and run.checkpoint and not _differs(run, asked):
-            step = run.checkpoint.name.rpartition("-")[2]
-            print(f"Run {run.id} ended early: fit(..., resume={run.id!r}) goes on from its step {step}.")
-            return
+        kept = run.adapter.is_dir() if run.status == "done" else run.checkpoint and run.status != "running"
+        if kept and not _differs(run, asked):
+            return run
+    return None
 
 
-def _resumed(asked: dict[str, Any], run: runs.Run | str) -> tuple[AbstractContextManager, Path]:
-    run = runs.load(run) if isinstance(run, str) else run
+def _record(
+    asked: dict[str, Any], labels: int, earlier: runs.Run | None, resume: runs.Run | str | bool
+) -> tuple[AbstractContextManager, Path | None]:
+    """A new run, or one that goes on, to be entered; and the checkpoint to go on from."""
+    if resume is True:
+        resume = earlier if earlier and earlier.checkpoint else False
+    if not resume:
+        if earlier and earlier.status != "done" and earlier.checkpoint:
+            step = earlier.checkpoint.name.rpartition("-")[2]
+            print(f"Run {earlier.id} ended early: fit(..., resume={earlier.id!r}) goes on from its step {step}.")
+        return runs.start(**asked, labels=labels), None
+    run = runs.load(resume) if isinstance(resume, str) else resume
     if run.checkpoint is None:
         raise ValueError(f"run {run.id} is {run.status} and has no checkpoint to go on from: train anew")
     if other := _differs(run, asked):

@@ -64,7 +64,7 @@ FROM_BASE = ("sft", "reward_model")  # always
 def train(
     method: str, seed: int = 0, *, start: Start | None = None, data: Dataset | None = None, reward: Any = None,
     lora: LoRA | None = None, problems: Sequence[task.Problem] | None = None, max_lora_rank: int = 64,
-    callbacks: Sequence[Any] = (), check: bool = True, resume: runs.Run | str | None = None, **settings: Any,
+    callbacks: Sequence[Any] = (), check: bool = True, resume: runs.Run | str | bool = False, **settings: Any,
 ) -> runs.Run:  # fmt: skip
     """One run of a method, done, with its adapter saved and its held-out result in it.
 

@@ -45,18 +45,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def demonstrations(share: float, seed: int) -> Dataset:
-    """A share of the training messages with their answers, in an order of this seed."""
+def shuffled(seed: int) -> list[dict[str, Any]]:
+    """The training messages in an order of this seed."""
     rows = triage.load("train")
     random.Random(seed).shuffle(rows)
+    return rows
+
+
+def demonstrations(share: float, seed: int) -> Dataset:
+    """A share of the training messages with their answers."""
+    rows = shuffled(seed)
     return Dataset.from_list([{"prompt": triage.prompt(row), "completion": [ASSISTANT | {"content": row["completion"]}]}
                               for row in rows[: round(share * len(rows))]])  # fmt: skip
 
 
 def pairs(seed: int) -> Dataset:
     """Pairs of training messages, half with another reply, half with another field."""
-    rows = triage.load("train")
-    random.Random(seed).shuffle(rows)
+    rows = shuffled(seed)
     found = triage.pairs(rows[: PAIRS // 2], "reply", seed) + triage.pairs(rows[PAIRS // 2 : PAIRS], "fields", seed)
     random.Random(seed).shuffle(found)
     return Dataset.from_list(found).select_columns(["prompt", "chosen", "rejected"])
@@ -76,9 +81,8 @@ def trained(arm: str, seed: int) -> runs.Run:
     method = arm.lower().replace(" ", "_")
     given: dict[str, Any] = dict(problems=(), lora=LORA, **SETTINGS[method])
     if method == "grpo":
-        rows = triage.load("train")
-        data = Dataset.from_list([{name: row[name] for name in triage.FIELDS} | {"prompt": triage.prompt(row)}
-                                  for row in rows])  # fmt: skip
+        data = Dataset.from_list([{"prompt": triage.prompt(row)} | {name: row[name] for name in triage.FIELDS}
+                                  for row in shuffled(seed)])  # fmt: skip
         given |= dict(data=data, reward=[triage.fields, triage.tone_reward], start=sft(1.0, seed))
     elif method in ("orpo", "reward_model"):
         given |= dict(data=pairs(seed)) | (dict(start="base") if method == "orpo" else {})

@@ -48,6 +48,7 @@ def test_few_answers_are_in_the_strict_format():
     assert abs(share - pretrain.TAGGED) < 0.012  # four standard errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dies_at", [4, 6])  # in the first stage of four steps, and in the second
 def test_interrupted_and_resumed_equals_never_interrupted(tmp_path, monkeypatch, dies_at):
     whole, _, facts = pretrain.train(tmp_path / "whole", SMALL, seed=1)
@@ -102,6 +103,7 @@ def test_the_shipped_tokenizer_comes_out_again():
     assert pretrain.build_tokenizer(pretrain.Settings()).get_vocab() == shipped.get_vocab()
 
 
+@pytest.mark.slow
 def test_the_card_of_a_small_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(card, "COUNT", 20)
     shutil.copytree(SHIPPED, tmp_path / "small")

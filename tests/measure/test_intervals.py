@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from rlnb.measure import intervals
@@ -74,3 +75,17 @@ def test_importing_loads_no_scipy():
     code = "import sys, rlnb.measure.intervals; print({'scipy', 'statsmodels', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_over_both_is_as_wide_as_seeds_and_problems_together():
+    """The variance of the mean is that of seeds plus that of problems, where the two add up."""
+    rng = np.random.default_rng(1)
+    seeds, problems = rng.normal(0, 0.02, 40), rng.normal(0.5, 0.1, 400)
+    found = intervals.over_both(seeds[:, None] + problems)
+    half = 1.96 * math.sqrt(seeds.var() / 40 + problems.var() / 400)
+    assert found.mean == pytest.approx((seeds[:, None] + problems).mean())
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.08)
+    alone = intervals.over_both([problems] * 40)  # all seeds the same: problems alone
+    assert (alone.high - alone.low) / 2 == pytest.approx(1.96 * problems.std() / 20, rel=0.08)
+    assert tuple(intervals.over_both([[0.25] * 4] * 3)) == pytest.approx((0.25,) * 3)
+    assert intervals.over_both([problems] * 2) == intervals.over_both([problems] * 2)  # its seed is fixed

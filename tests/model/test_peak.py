@@ -17,6 +17,7 @@ def base(tmp_path_factory):
     return tiny.make(tmp_path_factory.mktemp("peak") / "tiny")
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_says_why(base, tmp_path):
     """The config alone can be predicted from; weights that nobody can read fail in the child."""
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
@@ -43,6 +44,7 @@ def test_a_child_of_a_large_process_does_not_inherit_its_peak():
     assert float(done.stdout) < 256
 
 
+@pytest.mark.slow
 def test_a_training_is_tried_out_in_a_process_of_its_own(base):
     predicted, found = peak.try_out(base, LoRA(rank=4), batch=1, length=8)
     assert predicted == memory.predict(base, LoRA(rank=4), batch=1, length=8)

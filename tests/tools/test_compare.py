@@ -75,6 +75,7 @@ def test_a_method_that_is_not_there_is_named(capsys):
     assert "error: no method 'DPO'; there are 'base', 'SFT', 'SFT on all', " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
     """Real runs of the smoke profile: the second call makes the rows that are missing, and no other."""
     monkeypatch.setenv("RLNB_PROFILE", "smoke")
@@ -103,6 +104,7 @@ def test_the_table_by_split():
     assert found[2].startswith("| SFT | 52.0 ± 5.0 | ") and found[3].startswith("| SFT, DPO | 60.0 ± 0.0")
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_is_done_side_by_side_and_kept_in_order(tmp_path, monkeypatch):
     monkeypatch.setenv("RLNB_PROFILE", "smoke")
     monkeypatch.setenv("RLNB_RUNS", str(tmp_path / "runs"))

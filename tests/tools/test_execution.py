@@ -166,6 +166,7 @@ def interrupted(paths, out, jobs, ready, send, times=1) -> str:
     return printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("jobs", "send"), [(1, os.killpg), (2, os.kill)])
 def test_ctrl_c_ends_a_training_that_saves_what_it_learnt(tmp_path, out, jobs, send):
     paths = [write(tmp_path, "long", TRAINING, "1"), write(tmp_path, "next", SLEEP)]
@@ -175,11 +176,13 @@ def test_ctrl_c_ends_a_training_that_saves_what_it_learnt(tmp_path, out, jobs, s
     assert run.status == "interrupted" and run.curve()[-1]["saved"] == 1
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_kills_what_does_not_end(tmp_path, out):
     paths = [write(tmp_path, "stubborn", STUBBORN), write(tmp_path, "next", SLEEP)]
     interrupted(paths, out, 2, lambda _: (tmp_path / "started").exists(), os.killpg, times=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_ctrl_c_while_a_kernel_starts_ends_both(tmp_path, out, jobs):
     """The kernel may say of itself where it was: that is not held against it."""

@@ -153,6 +153,7 @@ def test_a_rank_that_rollouts_cannot_serve_is_refused_before_anything_is_loaded(
     assert not runs.find()
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_run(tmp_path):
     """The README's command, in the smoke profile on two CPU processes."""
     own = {"RLNB_PROFILE": "smoke", "RLNB_RUNS": str(tmp_path), "ACCELERATE_USE_CPU": "true"}

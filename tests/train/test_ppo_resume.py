@@ -130,6 +130,7 @@ def result(folder, process=0):
     return torch.load(folder / f"result_{process}.pt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_where_it_was(base, tmp_path):
     settings = {
         "max_steps": 4,
@@ -149,6 +150,7 @@ def test_a_killed_process_goes_on_where_it_was(base, tmp_path):
     assert_same(found["weights"], expected["weights"])
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(base, tmp_path):
     """Half of each batch on each: statistics and gradients are those of the whole batch."""
     settings = {

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlnb.model import LoRA
+from rlnb.model import LoRA, load_model
 from rlnb.record import runs
-from rlnb.train import loop, methods, train
+from rlnb.train import loop, methods, recipes, train
 from tests.train.breaks import BreakAt
 
 from transformers import TrainerCallback
@@ -34,6 +34,7 @@ def weights(run):
     return load_file(run.adapter / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_a_broken_run_ends_as_one_that_was_not(method):
     data = methods.default_data(method, 0).select(range(16))
@@ -78,6 +79,35 @@ def test_what_cannot_be_resumed_is_refused(capsys):
     assert whole.status == "done" and runs.load(broken.id).status == "failed"
 
 
+def test_what_is_done_is_not_trained_again_and_what_is_broken_goes_on(base_trainer):
+    with pytest.raises(RuntimeError, match="is gone"):
+        loop.fit("sft", base_trainer(BreakAt(3)), problems=(), resume=True)
+    broken = runs.find(status="failed")[0]
+    whole = loop.fit("sft", base_trainer(), problems=(), resume=True)
+    assert whole.id == broken.id and whole.status == "done" and len(whole.curve()) >= 4
+    trainer = base_trainer()
+    again = loop.fit("sft", trainer, problems=(), resume=True)
+    assert again.id == whole.id and len(runs.find()) == 1
+    saved, own = weights(whole), dict(trainer.model.named_parameters())
+    assert all(torch.equal(own[name.replace(".weight", ".default.weight")], saved[name]) for name in saved)
+    other = loop.fit("sft", base_trainer(learning_rate=1e-3), problems=(), resume=True)
+    assert other.id != whole.id and loop.fit("sft", base_trainer(), problems=()).id not in (whole.id, other.id)
+
+
+@pytest.fixture
+def base_trainer():
+    """Trainers of one and the same short training."""
+    config, trainer = methods.METHODS["sft"].classes()
+
+    def make(*callbacks, **settings):
+        model, tokenizer = load_model("abacus-3m", LoRA(rank=4))
+        args = config(**recipes.common(config, 0) | recipes.recipe("sft") | STEPS | settings)
+        data = methods.default_data("sft", 0).select(range(16))
+        return trainer(model=model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[*callbacks])
+
+    return make
+
+
 def test_a_long_run_has_checkpoints_until_it_is_done(monkeypatch):
     seen = []
 
@@ -105,6 +135,7 @@ train("sft", problems=(), max_steps=4, callbacks=[Ask()])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_process_that_is_asked_to_end_keeps_what_was_learnt(name):
