@@ -15,8 +15,6 @@ import os
 import random
 from typing import Any
 
-os.environ["RLNB_MODEL"] = "smollm2-135m"
-
 from datasets import Dataset
 
 from rlnb.data import preferences
@@ -127,6 +125,6 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     parser.add_argument("--only", nargs="+", metavar="ARM", choices=ARMS, default=ARMS)
     arguments = parser.parse_args()
-    os.environ["RLNB_PROFILE"] = "cpu"
+    os.environ |= {"RLNB_PROFILE": "cpu", "RLNB_MODEL": "smollm2-135m"}  # of every process that is started
     options = {"resume": arguments.resume, "jobs": arguments.jobs, "first": "SFT"}
     experiments.run_grid(measure, arguments.only, arguments.seeds, OUT, **options)
