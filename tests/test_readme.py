@@ -1,19 +1,23 @@
 """What the README says is what the files of the repository say."""
 
 import csv
+import json
 import re
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
 
 from rlnb.__main__ import _parser
-from rlnb.model import decode_cpu, lora
+from rlnb.model import decode_cpu, lora, memory
 from rlnb.tools import compare, experiments
 from rlnb.tools.setup import ROOT
-from rlnb.train import methods
+from rlnb.train import methods, preflight, recipes
 from tests.benchmarks import judge, ppo_trl, rlhf
 
+import pandas as pd
 import torch
+from transformers import LlamaConfig, Qwen2Config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -35,6 +39,63 @@ def test_the_other_tables_follow_too(table):
 
 def test_the_cost_of_ppo_is_that_of_its_rows():
     assert ppo_trl.sentence(experiments.read(ppo_trl.OUT)) in README
+
+
+def sources(kind):
+    """The cells of the notebook on GPUs, code or markdown."""
+    cells = json.loads((ROOT / "notebooks" / "15_your_own.ipynb").read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == kind]
+
+
+@pytest.fixture(scope="module")
+def formulas():
+    """What the notebook's two cells on GPUs calculate."""
+    names = dict(memory=memory, preflight=preflight, LoRA=lora.LoRA, pd=pd)
+    names |= dict(LlamaConfig=LlamaConfig, Qwen2Config=Qwen2Config)
+    for start in ("# From here to a GPU", "def choose"):
+        (source,) = (source for source in sources("code") if source.startswith(start))
+        exec(source, names)
+    return names
+
+
+def cells_of(label):
+    """The row of the README's table on GPUs: of the cpu, and of the three cards."""
+    (row,) = re.findall(rf"^\| {re.escape(label)} \| (.+) \|$", README, re.MULTILINE)
+    cpu, *cards = row.split(" | ")
+    return cpu, cards
+
+
+def test_the_figures_for_gpus_are_what_the_formula_gives(formulas):
+    sides = pd.DataFrame(formulas["sides"])
+    quoted = [label for label in sides.index if f"\n| {label} |" in README]
+    assert len(quoted) == 11
+    for label in quoted:
+        assert cells_of(label)[1] == [str(value) for value in sides.loc[label]]
+    batches = [rows.split(" x ") for rows in sides.loc["rows x accumulation"]]
+    for i, setting in enumerate(("per_device_train_batch_size", "gradient_accumulation_steps")):
+        values = [batch[i] for batch in batches]
+        assert re.search(rf"\| `{setting}` .* \| {' [|] '.join(values)} \|\n", "".join(sources("markdown")))
+    table = pd.DataFrame(formulas["table"], index=list(formulas["SHAPES"])).loc["Qwen2.5-3B"]
+    assert cells_of("the same for Qwen2.5-3B, 16 bits")[1] == [v for way, v in table.items() if "16 bits" in way]
+
+
+def test_the_figures_for_the_cpu_are_those_of_the_results_and_recipes(monkeypatch):
+    monkeypatch.setenv("RLNB_PROFILE", "cpu")
+
+    def measured(method, column):
+        return median(float(row[column]) for row in compare.read() if row["method"] == method)
+
+    runs, settings = ("SFT", "SFT, GRPO"), [recipes.recipe(name) for name in ("sft", "grpo")]
+    gigabytes = [f"{measured(run, 'peak_memory_mb') * memory.MB / 1e9:.1f}" for run in runs]
+    assert cells_of("training, GB")[0] == ", ".join(gigabytes)
+    (sft, grpo), (short, long) = gigabytes, [f"{measured(run, 'train_seconds'):.0f}" for run in runs]
+    assert f"SFT took {short} s and {sft} GB, GRPO {long} s and {grpo} GB" in "".join(sources("markdown"))
+    assert cells_of("seconds of a whole run")[0] == f"{short}, {long}"
+    rows = [f"{s['per_device_train_batch_size']} x {s.get('gradient_accumulation_steps', 1)}" for s in settings]
+    assert [cells_of(label)[0] for label in ("rows x accumulation", "for GRPO")] == rows
+    for label, names in (("SFT", ["sft"]), ("DPO and KTO", ["dpo", "kto"]), ("GRPO and PPO", ["grpo", "ppo"])):
+        rates = [float(rate) for rate in cells_of(f"rate, {label}")[0].split(", ")]
+        assert rates == [recipes.recipe(name)["learning_rate"] for name in names]
 
 
 def test_links_lead_to_files():
