@@ -33,13 +33,13 @@ LORA, ASSISTANT = LoRA(rank=16, alpha=32), {"role": "assistant"}
 HELD_OUT, PAIRS = 200, 256  # messages
 # The settings of 16_real_model: a test holds them against its cells.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "sft": dict(learning_rate=1e-3, max_steps=48, per_device_train_batch_size=16),
-    "dpo": dict(learning_rate=1e-4, max_steps=24, per_device_train_batch_size=8, beta=0.1),
-    "kto": dict(learning_rate=1e-4, max_steps=24, per_device_train_batch_size=16, beta=0.1),
-    "orpo": dict(learning_rate=1e-3, max_steps=48, per_device_train_batch_size=8, beta=0.1),
+    "sft": dict(learning_rate=1e-3, max_steps=150, per_device_train_batch_size=8),
+    "dpo": dict(learning_rate=1e-4, max_steps=32, per_device_train_batch_size=8, beta=0.1),
+    "kto": dict(learning_rate=1e-4, max_steps=32, per_device_train_batch_size=16, beta=0.1),
+    "orpo": dict(learning_rate=1e-3, max_steps=32, per_device_train_batch_size=8, beta=0.1),
     "grpo": dict(learning_rate=3e-4, max_steps=24, per_device_train_batch_size=32, num_generations=4,
                  max_completion_length=56, reward_weights=[1.0, 0.25]),
-    "reward_model": dict(learning_rate=5e-4, max_steps=48, per_device_train_batch_size=8),
+    "reward_model": dict(learning_rate=5e-4, max_steps=32, per_device_train_batch_size=8),
 }  # fmt: skip
 
 
