@@ -3,8 +3,7 @@
     python -m rlnb setup                .venv with Unsloth (without on macOS: it has no torch there)
     python -m rlnb setup --kind plain   .venv without Unsloth, with a TRL that trains on a CPU alone
     python -m rlnb setup --kind gpu     .venv with vLLM and what else Unsloth uses on a CUDA machine
-    python -m rlnb setup --here         the same in the Python that runs this: conda
-    python -m rlnb setup --here --kind colab  what Google Colab lacks; its torch and its kernel stay
+    python -m rlnb setup --here         the same in the Python that runs this: conda; Colab with --kind colab
 
 The other commands call `ensure` first. This file, __init__.py, __main__.py and check_machine.py keep to
 what an old Python can parse, so that it gets as far as the message about its version.
@@ -30,12 +29,8 @@ UNFINISHED = "unfinished"
 _PLAIN = (("-r", "requirements.txt"),)
 _UNSLOTH = (*_PLAIN, ("--no-deps", "-r", "requirements-unsloth.txt"))
 # What each kind of environment asks of pip.
-STEPS = {
-    "plain": _PLAIN,
-    "unsloth": _UNSLOTH,
-    "gpu": (*_UNSLOTH, ("-r", "requirements-gpu.txt")),
-    "colab": (("--no-deps", "-r", "requirements-colab.txt"),),
-}
+WHOLE = {"plain": _PLAIN, "unsloth": _UNSLOTH, "gpu": (*_UNSLOTH, ("-r", "requirements-gpu.txt"))}
+STEPS = WHOLE | {"colab": (("--no-deps", "-r", "requirements-colab.txt"),)}  # what Google Colab lacks
 FILES = (*(f"requirements{of}.txt" for of in ("", "-unsloth", "-gpu", "-colab")), "pyproject.toml")
 
 
@@ -47,8 +42,7 @@ def ensure(arguments: list[str]) -> None:
     if not (ROOT / "requirements.txt").exists():
         return  # installed from a wheel: pip has seen to the packages
     kind, state = read_stamp(Path(sys.prefix))
-    full = (differences(kind) for kind in STEPS if kind != "colab")  # which is a part of the kind gpu
-    if (kind and state == _fingerprint(kind, _version(sys.executable))) or not all(full):
+    if (kind and state == _fingerprint(kind, _version(sys.executable))) or not all(map(differences, WHOLE)):
         return
     become([str(setup(VENV)), "-m", "rlnb", *arguments])
 
@@ -74,8 +68,6 @@ def setup(prefix: Path | None, kind: str | None = None) -> Path:
     python = interpreter(prefix) if prefix else Path(sys.executable)
     version, (was, state) = _version(python), read_stamp(folder)
     kind = kind or was or "unsloth"
-    if kind == "colab" and prefix:
-        sys.exit(f"--kind colab adds to Colab's own packages, and {prefix} has none: add --here.")
     if (was, state) == (kind, _fingerprint(kind, version)):
         _add_to_path(python)  # again, for a checkout that has moved
         return python

@@ -68,12 +68,6 @@ def test_colab_gets_the_versions_of_the_other_files():
     assert not theirs & set(colab)  # Colab's own kernel needs its versions
 
 
-def test_colabs_packages_go_on_top_of_colabs_own_only(tmp_path):
-    with pytest.raises(SystemExit, match="add --here"):
-        environments.setup(tmp_path / "new", "colab")
-    assert not (tmp_path / "new").exists()
-
-
 def sources() -> dict[str, str]:
     """The code of the package, the tests and the notebooks, by place."""
     found = {}
