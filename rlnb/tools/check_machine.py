@@ -88,11 +88,13 @@ def versions() -> tuple[str, ...]:
     if not (environments.ROOT / "requirements.txt").exists():
         return (f"{saw}; rlnb comes from a wheel, and pip has seen to the rest",)
     kinds = {"gpu": "vllm", "unsloth": "unsloth", "plain": "sys"}
-    kind = next(kind for kind, mark in kinds.items() if importlib.util.find_spec(mark))
+    kind = environments.read_stamp(Path(sys.prefix))[0]
+    kind = kind or next(kind for kind, mark in kinds.items() if importlib.util.find_spec(mark))
     if found := environments.differences(kind):
         other = ", ".join(f"{name} {version or 'missing'}" for name, version in found.items())
         level = "problem" if None in found.values() else "advice"
-        return f"{saw}; not as tested: {other}", level, f"To install the tested ones: {SETUP}"
+        command = SETUP + " --here --kind colab" * (kind == "colab")
+        return f"{saw}; not as tested: {other}", level, f"To install the tested ones: {command}"
     return (f"{saw}, the tested packages ({kind})",)
 
 

@@ -3,7 +3,7 @@
     python -m rlnb setup                .venv with Unsloth (without on macOS: it has no torch there)
     python -m rlnb setup --kind plain   .venv without Unsloth, with a TRL that trains on a CPU alone
     python -m rlnb setup --kind gpu     .venv with vLLM and what else Unsloth uses on a CUDA machine
-    python -m rlnb setup --here         the same in the Python that runs this: conda, Colab
+    python -m rlnb setup --here         the same in the Python that runs this: conda; Colab with --kind colab
 
 The other commands call `ensure` first. This file, __init__.py, __main__.py and check_machine.py keep to
 what an old Python can parse, so that it gets as far as the message about its version.
@@ -29,8 +29,9 @@ UNFINISHED = "unfinished"
 _PLAIN = (("-r", "requirements.txt"),)
 _UNSLOTH = (*_PLAIN, ("--no-deps", "-r", "requirements-unsloth.txt"))
 # What each kind of environment asks of pip.
-STEPS = {"plain": _PLAIN, "unsloth": _UNSLOTH, "gpu": (*_UNSLOTH, ("-r", "requirements-gpu.txt"))}
-FILES = ("requirements.txt", "requirements-unsloth.txt", "requirements-gpu.txt", "pyproject.toml")
+WHOLE = {"plain": _PLAIN, "unsloth": _UNSLOTH, "gpu": (*_UNSLOTH, ("-r", "requirements-gpu.txt"))}
+STEPS = WHOLE | {"colab": (("--no-deps", "-r", "requirements-colab.txt"),)}  # what Google Colab lacks
+FILES = (*(f"requirements{of}.txt" for of in ("", "-unsloth", "-gpu", "-colab")), "pyproject.toml")
 
 
 def ensure(arguments: list[str]) -> None:
@@ -40,8 +41,8 @@ def ensure(arguments: list[str]) -> None:
     """
     if not (ROOT / "requirements.txt").exists():
         return  # installed from a wheel: pip has seen to the packages
-    kind, state = _read_stamp(Path(sys.prefix))
-    if (kind and state == _fingerprint(kind, _version(sys.executable))) or not all(map(differences, STEPS)):
+    kind, state = read_stamp(Path(sys.prefix))
+    if (kind and state == _fingerprint(kind, _version(sys.executable))) or not all(map(differences, WHOLE)):
         return
     become([str(setup(VENV)), "-m", "rlnb", *arguments])
 
@@ -65,7 +66,7 @@ def setup(prefix: Path | None, kind: str | None = None) -> Path:
     began = time.monotonic()
     folder = prefix or Path(sys.prefix)
     python = interpreter(prefix) if prefix else Path(sys.executable)
-    version, (was, state) = _version(python), _read_stamp(folder)
+    version, (was, state) = _version(python), read_stamp(folder)
     kind = kind or was or "unsloth"
     if (was, state) == (kind, _fingerprint(kind, version)):
         _add_to_path(python)  # again, for a checkout that has moved
@@ -120,7 +121,7 @@ def _version(python: Path | str) -> str | None:
         return None
 
 
-def _read_stamp(folder: Path) -> tuple[str | None, str | None]:
+def read_stamp(folder: Path) -> tuple[str | None, str | None]:
     """Kind and state; (None, None) if the stamp is missing or cut off, so that pip looks again."""
     try:
         kind, state = (folder / STAMP).read_text().split()

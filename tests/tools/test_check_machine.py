@@ -45,7 +45,17 @@ def test_versions_are_held_against_the_requirement_files(monkeypatch, tmp_path):
     monkeypatch.setattr(environments, "ROOT", tmp_path)
     (tmp_path / "requirements.txt").write_text("psutil==0.0.1  # reads memory\n")
     saw, level, do = check_machine.versions()
-    assert "not as tested: psutil " in saw and level == "advice" and "setup" in do
+    assert "not as tested: psutil " in saw and level == "advice" and do.endswith("rlnb setup")
     (tmp_path / "requirements.txt").write_text("no-such-package==1  # is not there\n")
     saw, level, do = check_machine.versions()
     assert "no-such-package missing" in saw and level == "problem" and "setup" in do
+
+
+def test_colab_is_held_against_what_was_added_to_it(monkeypatch, tmp_path):
+    for name in environments.FILES:
+        (tmp_path / name).write_text("psutil==0.0.1  # not what is here\n")
+    monkeypatch.setattr(environments, "ROOT", tmp_path)
+    monkeypatch.setattr(environments, "read_stamp", lambda folder: ("colab", "unfinished"))
+    assert check_machine.versions()[2].endswith("rlnb setup --here --kind colab")
+    (tmp_path / "requirements-colab.txt").write_text("")
+    assert check_machine.versions()[0].endswith("the tested packages (colab)")

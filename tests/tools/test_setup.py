@@ -37,7 +37,7 @@ def requirements(name: str) -> dict[str, str]:
     return {match["name"]: match["version"] for match in matches if match}
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, "requirements-colab.txt"])
 def test_each_requirement_has_a_version_and_a_reason(name):
     lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
     assert lines and [line for line in lines if not REQUIREMENT.fullmatch(line)] == []
@@ -58,6 +58,14 @@ def test_unsloth_gets_a_trl_that_it_allows_and_the_plain_path_one_that_trains_on
     assert requirements("requirements.txt")["trl"] == "1.16.0"
     assert requirements("requirements-unsloth.txt")["trl"] == "1.15.0"
     assert not {"unsloth", "unsloth_zoo"} & set(requirements("requirements.txt"))
+
+
+def test_colab_gets_the_versions_of_the_other_files():
+    others = {package: pin for name in ALL for package, pin in requirements(name).items()}
+    colab = requirements("requirements-colab.txt")
+    assert {name: pin for name, pin in colab.items() if others.get(name) != pin} == {}
+    theirs = {"torch", "torchvision", "triton", "numpy", "pandas", "ipython", "ipykernel", "jupyter_client"}
+    assert not theirs & set(colab)  # Colab's own kernel needs its versions
 
 
 def sources() -> dict[str, str]:
@@ -286,7 +294,7 @@ def test_an_unsupported_python_gets_the_way_out(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"needs Python 3\.98 to 3\.99: this is 3\.1\d.*make PYTHON="):
         environments.setup(tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    monkeypatch.setattr(environments, "_read_stamp", lambda folder: (None, None))
+    monkeypatch.setattr(environments, "read_stamp", lambda folder: (None, None))
     with pytest.raises(SystemExit, match=r"needs Python 3\.98 to 3\.99: this is 3\.1\d"):
         environments.setup(None, "plain")
 
