@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from rlnb.data import shapes
 from rlnb.model import (
-    LoRA, backend, backends, folders, load, load_model, quiet, resolve, save_adapter,
+    LoRA, backend, backends, decode_cpu, folders, load, load_model, quiet, resolve, save_adapter,
     trainable,
 )  # fmt: skip
 from rlnb.model.lora import ALL_LINEAR, INITS, lora_layers
@@ -287,6 +287,29 @@ def test_the_type_of_the_weights_can_be_named(base, dtype, capsys):
 
 
 # --- backends, rollouts, padding -----------------------------------------------------------------
+
+
+def test_a_wide_model_keeps_its_16_bits_on_a_cpu_that_computes_in_them(tmp_path, monkeypatch):
+    wide = tiny.make(tmp_path / "wide", hidden_size=512, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_pretrained(wide)
+    model.to(torch.bfloat16).save_pretrained(wide)
+    for flags, lora, kind in (
+        ({"amx_bf16"}, LoRA(4), torch.bfloat16), (set(), LoRA(4), torch.float32), (None, LoRA(4), torch.float32),
+        ({"amx_bf16"}, None, torch.float32),
+    ):  # fmt: skip
+        monkeypatch.setattr(load.machine, "cpu_bf16", lambda flags=flags: flags)
+        model, tokenizer = load_model(wide, lora)
+        assert model.dtype == kind
+        if lora and kind == torch.bfloat16:  # what samples has LoRA in 16 bits, what trains does not
+            for layer in lora_layers(model).values():
+                torch.nn.init.normal_(layer.lora_B["default"].weight)
+            copy = decode_cpu.view(model)
+            assert {p.dtype for p in copy.parameters()} == {torch.bfloat16}
+            assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+            ids = torch.tensor([tokenizer("12 + 5")["input_ids"]])
+            with torch.no_grad():
+                own, seen = model.eval()(input_ids=ids).logits, copy(input_ids=ids).logits
+            assert (own - seen).abs().mean() < 0.02 * own.std()
 
 
 def test_nothing_is_looked_up_outside(base, monkeypatch):
