@@ -26,11 +26,11 @@ def answered(text: str, wants: str) -> bool:
     return not text.lstrip().startswith(("{", "[")) and re.search(wants, text, re.IGNORECASE) is not None
 
 
-def asked(model: Any, tokenizer: Any, max_new_tokens: int = 48) -> tuple[Proportion, list[str]]:
-    """How many of the questions a model answers, greedily, and what it says."""
-    rows = questions()
+def asked(model: Any, tokenizer: Any, n: int | None = None) -> tuple[Proportion, list[str]]:
+    """How many of the questions, or of the first n, a model answers greedily, and what it says."""
+    rows = questions()[:n]
     prompts = [[{"role": "user", "content": row["prompt"]}] for row in rows]
-    found = sampling.sample(model, tokenizer, prompts, temperature=0, max_new_tokens=max_new_tokens, progress=False)
+    found = sampling.sample(model, tokenizer, prompts, temperature=0, max_new_tokens=48, progress=False)
     texts = [text for (text,) in found.texts]
     right = [answered(text, row["wants"]) for text, row in zip(texts, rows, strict=True)]
     return Proportion(sum(right), len(right)), texts

@@ -144,7 +144,8 @@ def view(model: Any) -> Any:
     """
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     copied = copy.deepcopy(model, shared).eval()
-    vars(copied).pop("forward", None)  # accelerate puts the trainer's autocast there
+    for module in copied.modules():  # accelerate puts the trainer's autocast there, and TRL a way back to the model
+        vars(module).pop("forward", None)
     for layer in lora_layers(copied).values():
         base = layer.get_base_layer()
         if layer.merged or layer.disable_adapters:

@@ -34,7 +34,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 LARGE = 50_000_000  # parameters, from which on a CPU's training keeps large blocks of memory
-TRIM = 0.5  # seconds: how often at most a training gives freed memory back
+TRIM, TRIM_LARGE = 0.5, 20.0  # seconds: how often at most a training gives freed memory back
 SAVE = 60.0  # seconds between checkpoints
 ALL_CUT = 10  # steps in a row without one completion that ended, after which a training is given up
 # What transformers' own arguments say of learning; the others are about folders, logs and devices.
@@ -94,7 +94,7 @@ def _train(trainer: Trainer, run: runs.Run, checkpoint: Path | None) -> None:
     trainer.args.output_dir, trainer.args.save_total_limit = str(run.folder), trainer.args.save_total_limit or 1
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     large = trainer.model.device.type == "cpu" and trainer.model.num_parameters() > LARGE
-    recorder = Recorder(run, trims=not large)
+    recorder = Recorder(run, TRIM_LARGE if large else TRIM)
     trainer.add_callback(recorder)
     if checkpoint and hasattr(trainer.model, "peft_config"):
         # transformers 5.17 reads the adapters in folders below a checkpoint, such as DPO's "ref", and then leaves
@@ -238,8 +238,8 @@ def _save(model: Any, run: runs.Run) -> None:
 class Recorder(TrainerCallback):
     """Puts what is logged into the run's curve and on the screen, and lets the screen stop a training."""
 
-    def __init__(self, run: runs.Run, trims: bool = True):
-        self.trims, self.run, self.screen = trims, run, progress.current_screen()
+    def __init__(self, run: runs.Run, trim: float = TRIM):
+        self.trim, self.run, self.screen = trim, run, progress.current_screen()
         self.rows = [row for row in run.curve() if progress.metrics(row)]  # of a run that goes on
         self.cut = 0  # steps in a row whose completions were all cut off
         self.began = self.trimmed = self.saved = time.perf_counter()
@@ -265,7 +265,7 @@ class Recorder(TrainerCallback):
             self.screen.show(self.rows, state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.trims and time.perf_counter() - self.trimmed > TRIM:  # else a run's memory grows step by step
+        if time.perf_counter() - self.trimmed > self.trim:  # else a run's memory grows step by step
             machine.trim()
             self.trimmed = time.perf_counter()
         if time.perf_counter() - self.saved > SAVE:

@@ -30,6 +30,7 @@ from tests.benchmarks.over_seeds import RESULTS
 OUT = RESULTS / "real.csv"
 ARMS = ("base", "SFT", "SFT 25 %", "SFT 10 %", "SFT 5 %", "DPO", "KTO", "ORPO", "GRPO", "reward model")
 LORA, ASSISTANT = LoRA(rank=16, alpha=32), {"role": "assistant"}
+COMMON = dict(lora=LORA, problems=(), resume=True)  # what the registry has is not trained again
 HELD_OUT, PAIRS = 200, 256  # messages
 # The settings of 16_real_model: a test holds them against its cells.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -67,9 +68,7 @@ def pairs(seed: int) -> Dataset:
 
 def sft(share: float, seed: int) -> runs.Run:
     """The SFT run of this share and seed, made now if there is none."""
-    data = demonstrations(share, seed)
-    found = methods.find("sft", seed, lora=LORA, data=data, **SETTINGS["sft"])
-    return found or methods.train("sft", seed, data=data, lora=LORA, problems=(), **SETTINGS["sft"])
+    return methods.train("sft", seed, data=demonstrations(share, seed), **COMMON, **SETTINGS["sft"])
 
 
 def trained(arm: str, seed: int) -> runs.Run:
@@ -77,7 +76,7 @@ def trained(arm: str, seed: int) -> runs.Run:
     if arm.startswith("SFT"):
         return sft(float(arm.split()[1]) / 100 if " " in arm else 1.0, seed)
     method = arm.lower().replace(" ", "_")
-    given: dict[str, Any] = dict(problems=(), lora=LORA, **SETTINGS[method])
+    given: dict[str, Any] = COMMON | SETTINGS[method]
     if method == "grpo":
         data = Dataset.from_list([{"prompt": triage.prompt(row)} | {name: row[name] for name in triage.FIELDS}
                                   for row in shuffled(seed)])  # fmt: skip

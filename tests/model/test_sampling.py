@@ -391,6 +391,21 @@ def train(folder, out, rollout):
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+def test_rollout_runs_a_copy_and_never_the_model_that_trains(tmp_path):
+    """TRL puts a forward on the model that leads back to it, in training mode: with dropout, and LoRA apart."""
+
+    def watched(prompts, trainer):
+        modules = [m for m in trainer.model.modules() if "Linear" in type(m).__name__]
+        hooks = [module.register_forward_hook(lambda *_: pytest.fail("the model itself ran")) for module in modules]
+        found = sampling.rollout(prompts, trainer)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    train(tiny.make(tmp_path / "model"), tmp_path / "out", watched)
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 def test_rollout_in_grpo(tmp_path):
     folder = tiny.make(tmp_path / "model")
     runs = []
