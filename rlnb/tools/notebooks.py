@@ -26,7 +26,6 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from tqdm import tqdm
 
 NOTEBOOKS = ROOT / "notebooks"
-LONG = ("16_real_model",)  # run by name: make real
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
@@ -59,7 +58,7 @@ def execute_all(names: list[str], out: Path, write: bool = False, jobs: int = 1)
 def find(names: list[str]) -> list[Path]:
     """The notebooks of these names: a path, or a name in notebooks/ without the ending.
 
-    No names: all of notebooks/ in order but LONG, without the solutions. FileNotFoundError if one does not exist.
+    No names: all of notebooks/ in order, without the solutions. FileNotFoundError if one does not exist.
     """
     known, found = sorted(NOTEBOOKS.glob("*.ipynb")), []
     for name in names:
@@ -67,7 +66,7 @@ def find(names: list[str]) -> list[Path]:
         if path is None:
             raise FileNotFoundError(f"no notebook {name}; there are: {', '.join(p.stem for p in known)}")
         found.append(path.absolute())
-    return found or [path for path in known if path.stem not in LONG]
+    return found or known
 
 
 def execute(path: Path, out: Path, write: bool) -> tuple[str, float, str]:
