@@ -10,7 +10,7 @@ from rlnb.measure.intervals import Proportion
 from rlnb.record import runs
 
 NAMES = {"per_device_train_batch_size": "batch size", "gradient_accumulation_steps": "accumulated batches",
-         "kl_coef": "KL coefficient", "lam": "GAE lambda"}  # fmt: skip
+         "kl_coef": "KL coefficient", "lam": "GAE lambda", "max_lora_rank": "max_lora_rank"}  # fmt: skip
 UNSAID = {"data", "weights"}  # settings that are long to say
 COLUMNS = ("run", "settings", "held out", "seconds", "peak MB", "ended")
 CELL = "padding:2px 14px 2px 0;text-align:left;vertical-align:top"
