@@ -74,6 +74,14 @@ def lines(path: Path) -> Iterator[tuple[str, Any]]:
                     raise ValueError(f"{where}: {error} in {line!r:.80}") from error
 
 
+def rows(path: Path, kinds: Mapping[str, type]) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, each with these fields of these types."""
+    found = list(lines(path))
+    for where, row in found:
+        check_fields(row, kinds, where)
+    return [row for _, row in found]
+
+
 def check_fields(row: Any, kinds: Mapping[str, type], where: str) -> None:
     """Raise ValueError, with the place, for a row that is no object and for a field that is not of its type."""
     if not isinstance(row, Mapping):

@@ -80,7 +80,7 @@ def hold() -> Iterator[None]:
     try:
         yield
     finally:
-        tune(M_MMAP_MAX, 65536)  # glibc's own
+        tune(M_MMAP_MAX, 65536)  # as at the start, but that glibc adapts its thresholds no further once one is set
         tune(M_TRIM_THRESHOLD, 2**17)
         trim()
 

@@ -24,11 +24,8 @@ def load(split: str) -> list[dict[str, Any]]:
     """The rows of a split. Raises ValueError for a split that does not exist and for a row that is no row."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; the splits are {', '.join(SPLITS)}")
-    rows = []
-    for where, row in files.lines(DATA / f"{split}.jsonl"):
-        files.check_fields(row, {"id": str, "prompt": str, "defect": str, "line": int, "completion": str}, where)
-        rows.append(row)
-    return rows
+    kinds = {"id": str, "prompt": str, "defect": str, "line": int, "completion": str}
+    return files.rows(DATA / f"{split}.jsonl", kinds)
 
 
 def parse(text: str) -> tuple[dict[str, Any] | None, str]:

@@ -151,15 +151,27 @@ def _typos(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
+def about(row: dict[str, Any]) -> str:
+    """What a reply names: the order, else the product, else nothing."""
+    return f"order {row['order']}" if row["order"] else f"your {row['product']}" if row["product"] else ""
+
+
 def _replies(row: dict[str, Any], wrong: str, rng: random.Random) -> tuple[str, dict[str, str]]:
     """A good reply, and bad ones of three kinds; ``wrong`` is a number that is not the order's."""
     words = WORDS["reply"]
-    what = f"order {row['order']}" if row["order"] else f"your {row['product']}" if row["product"] else ""
+    what = about(row)
     template = rng.choice(words["good"][row["intent"] if what else "ask"])
-    about = what or "your message"
-    bad = {kind: rng.choice(words[kind]).format(what=about) for kind in ("curt", "rude", "long", "sorry")}
+    named = what or "your message"
+    bad = {kind: rng.choice(words[kind]).format(what=named) for kind in ("curt", "rude", "long", "sorry")}
     bad["wrong"] = rng.choice(words["good"][row["intent"]]).format(what=f"order {wrong}")
     return template.format(what=what), {kind: bad[kind] for kind in rng.sample(sorted(bad), 3)}
+
+
+def _logged(row: dict[str, Any], good: str) -> str:
+    """What an agent wrote: seven replies of ten are too sorry."""
+    rng = random.Random(row["id"])
+    sorry = rng.choice(WORDS["reply"]["sorry"]).format(what=about(row) or "your message")
+    return good if rng.random() < 0.3 else sorry
 
 
 def _near(row: dict[str, Any], facts: Facts, policy: Policy, wrong: str, rng: random.Random) -> dict[str, Any]:
@@ -203,6 +215,8 @@ def rows(split: str, seed: int = 0) -> Iterator[tuple[dict[str, Any], Facts, Pol
             row |= {"completion": render(row, good), "shown": shown}
             if split != "test":
                 row |= {"replies": bad, "near": _near(row, facts, policy, own[1], rng)}
+            if split == "train":
+                row |= {"logged": render(row, _logged(row, good))}
             yield row, facts, policy
 
 

@@ -1,6 +1,7 @@
 """A GGUF file, llama.cpp's format, as the folder that transformers, PEFT, Unsloth and vLLM read."""
 
 import warnings
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,18 @@ def _tokenizer(file: Path, about: dict[str, Any]) -> PreTrainedTokenizerFast:
             named[f"{ours}_token"] = about["tokens"][token]
     if "eos_token" not in named:
         raise ValueError("it has no tokenizer.ggml.eos_token_id, so no answer would end")
-    if named.get("pad_token") in (None, named["eos_token"]):  # lengths are counted up to the first padding
-        spare = [token for token in PAD_TOKENS if token in about["tokens"] and token != named["eos_token"]]
-        named["pad_token"] = spare[0] if spare else None
+    if named.get("pad_token") in (None, named["eos_token"]):
+        named["pad_token"] = spare_padding(about["tokens"], named["eos_token"])
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, chat_template=about.get("chat_template"), padding_side="left", **named,
         add_bos_token=about.get("add_bos_token", about["model"] == "llama"), clean_up_tokenization_spaces=False,
         model_max_length=about[f"{about['general.architecture']}.context_length"],
     )  # fmt: skip
+
+
+def spare_padding(tokens: Collection[str], end: str) -> str | None:
+    """A token to pad with that is not the end, up to which lengths are counted; None if there is none."""
+    return next((token for token in PAD_TOKENS if token in tokens and token != end), None)
 
 
 def _byte_level(about: dict[str, Any]) -> Tokenizer:

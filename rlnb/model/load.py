@@ -18,7 +18,7 @@ from rlnb import machine
 from rlnb.model import attention
 from rlnb.model.backends import backend, quiet, say_once
 from rlnb.model.folders import base_name, load_weights, opened, read_saved, resolve
-from rlnb.model.gguf import PAD_TOKENS
+from rlnb.model.gguf import spare_padding
 from rlnb.model.lora import (
     MAX_LORA_RANK, LoRA, check_positive_int, check_rank, largest_rank, skeleton,
     smallest_width, target_layers, vllm_rank,
@@ -186,12 +186,12 @@ def _attach(model: Any, adapter: LoraConfig, kind: str, options: dict[str, Any])
 
 
 def _set_padding(model: Any, tokenizer: Any) -> None:
-    """Pad on the left, and not with the end token: lengths are counted up to the first padding."""
+    """Pad on the left, and not with the end token if another is there."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token not in (None, tokenizer.eos_token):
         return
-    if spare := [t for t in PAD_TOKENS if t in tokenizer.get_vocab() and t != tokenizer.eos_token]:
-        tokenizer.pad_token = spare[0]
+    if spare := spare_padding(tokenizer.get_vocab(), tokenizer.eos_token):
+        tokenizer.pad_token = spare
         model.config.pad_token_id = tokenizer.pad_token_id
     else:
         warnings.warn(f"no token to pad with but the end, {tokenizer.eos_token}", stacklevel=3)

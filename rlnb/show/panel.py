@@ -228,7 +228,7 @@ class Panel(live.Drawn):
         self.costs.value = (
             f"<div style='line-height:1.6'>alpha / r = {lora.alpha:g} / {lora.rank} = {lora.alpha / lora.rank:g}<br>"
             f"trains <b>{trains:,}</b> parameters<br>{spent}<br>"
-            f"takes about <b>{takes / memory.MB:,.0f} MB</b> of memory</div>"
+            f"takes about <b>{takes / memory.MB:,.0f} MB</b> beside the libraries</div>"
         )
 
     def _say(self, said: str, colour: str = "inherit") -> None:

@@ -168,11 +168,8 @@ def load(split: str) -> list[Problem]:
     path = DATA / f"{split}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"no split {split!r} at {path}; there are {', '.join(SIZES)}.")
-    rows = []
-    for where, row in files.lines(path):
-        files.check_fields(row, FIELDS, where)
-        rows.append(Problem(**{name: row[name] for name in FIELDS} | {"trace": tuple(row["trace"])}))
-    return rows
+    rows = files.rows(path, FIELDS)
+    return [Problem(**{name: row[name] for name in FIELDS} | {"trace": tuple(row["trace"])}) for row in rows]
 
 
 def render(trace: Iterable[str], answer: int) -> str:

@@ -42,11 +42,8 @@ def load(split: str) -> list[dict[str, Any]]:
     """The rows of a split. Raises ValueError for a split that does not exist and for a row that is no row."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; the splits are {', '.join(SPLITS)}")
-    rows = []
-    for where, row in files.lines(DATA / f"{split}.jsonl"):
-        files.check_fields(row, {"id": str, "customer": str, "prompt": str, "completion": str, "shown": bool}, where)
-        rows.append(row)
-    return rows
+    kinds = {"id": str, "customer": str, "prompt": str, "completion": str, "shown": bool}
+    return files.rows(DATA / f"{split}.jsonl", kinds)
 
 
 def prompt(row: Mapping[str, Any]) -> list[dict[str, str]]:
