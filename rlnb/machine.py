@@ -71,10 +71,7 @@ def hold() -> Iterator[None]:
     """Large blocks of memory stay with this process while inside: glibc would give each one back to the system and
     fetch it anew, page by page, which takes a fifth of a training step of 135M parameters. Nothing elsewhere.
     """
-    tune = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if tune is None:
-        yield
-        return
+    tune = getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt", lambda *_: None)
     tune(M_MMAP_MAX, 0)
     tune(M_TRIM_THRESHOLD, 2**31 - 1)
     try:
@@ -87,9 +84,8 @@ def hold() -> Iterator[None]:
 
 def trim() -> None:
     """Gives freed memory back to the system, which glibc holds: some 20 ms, and nothing elsewhere."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # a C library without it
-            ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError, AttributeError, TypeError):  # a C library without it; Windows, which has none of this name
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def linux_memory() -> dict[str, int]:

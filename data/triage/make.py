@@ -216,7 +216,8 @@ def rows(split: str, seed: int = 0) -> Iterator[tuple[dict[str, Any], Facts, Pol
             if split != "test":
                 row |= {"replies": bad, "near": _near(row, facts, policy, own[1], rng)}
             if split == "train":
-                row |= {"logged": render(row, _logged(row, good))}
+                row |= {"logged": render(row, said := _logged(row, good))}
+                row |= {"replies": {"sorry": said}} if said != good else {}
             yield row, facts, policy
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from rlnb.measure.intervals import Difference, Estimate, Proportion
 from rlnb.model import sampling
+from rlnb.model.lora import check_positive_int
 from rlnb.profiles import by
 from rlnb.task import problems as task
 from rlnb.task.problems import Problem
@@ -17,7 +18,9 @@ from rlnb.task.problems import Problem
 
 def held_out(split: str = "id", n: int | None = None) -> list[Problem]:
     """The first n problems of a test split: 500, or 16 in the smoke profile."""
-    return task.load(split)[: by(cpu=500, gpu=500, smoke=16) if n is None else n]
+    if n is not None:
+        check_positive_int("n", n)
+    return task.load(split)[: n or by(cpu=500, gpu=500, smoke=16)]
 
 
 def max_new_tokens() -> int:

@@ -47,11 +47,11 @@ def judge_pairs(model: Any, tokenizer: Any, pairs: Iterable[Mapping[str, Any]]) 
 def auc(right: Iterable[float], wrong: Iterable[float]) -> float:
     """The chance that one of the right scores higher than one of the wrong; a tie counts half.
 
-    The area under the ROC curve: 0.5 for a model that cannot tell. Raises ValueError if either has no score.
+    The area under the ROC curve: 0.5 for a model that cannot tell. ValueError for no score or one that is not finite.
     """
     right, wrong = list(right), list(wrong)
-    if not right or not wrong:
-        raise ValueError(f"{len(right)} right and {len(wrong)} wrong scores: each needs one")
+    if not right or not wrong or not all(map(math.isfinite, right + wrong)):
+        raise ValueError(f"{len(right)} right and {len(wrong)} wrong scores: each needs one, and none may be NaN")
     ranks = rankdata(right + wrong)[: len(right)]
     return float((ranks.mean() - (len(right) + 1) / 2) / len(wrong))
 

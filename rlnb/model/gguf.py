@@ -30,8 +30,7 @@ def convert(file: Path, folder: Path) -> Path:
     """Write the folder, whole or not at all, and return it. Raises ValueError for what transformers does not read.
 
     The weights are bfloat16: that loses little beside the 4 to 8 bits of a quantized file, and takes half of float32.
-    A file of float32 alone stays float32. The chat template is kept as the file has it; SmolLM's puts in a system
-    prompt of its own where the messages have none.
+    A file of float32 alone stays float32. The chat template is kept as the file has it.
     """
     if not find_spec("gguf"):
         raise ImportError(f"{file} needs the package gguf, which is not installed: python -m rlnb setup brings it")

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from rlnb.model import attention
 from rlnb.model.folders import resolve
-from rlnb.model.lora import LoRA, skeleton, target_layers, vllm_rank
+from rlnb.model.lora import LoRA, check_positive_int, skeleton, target_layers, vllm_rank
 
 MB = 2**20
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -51,6 +51,8 @@ def predict(
     """
     if dtype not in BYTES:
         raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(BYTES)}")
+    check_positive_int("batch", batch)
+    check_positive_int("length", length)
     config = AutoConfig.from_pretrained(resolve(model)) if isinstance(model, str | os.PathLike) else model
     empty, autocast = skeleton(config), autocast and dtype == "float32"
     total = sum(parameter.numel() for parameter in empty.parameters())  # tied ones count once

@@ -232,6 +232,8 @@ def predict(name="base", adapter=None, **more):
     (predict(dtype="int8"), ValueError, "dtype is 'int8'", "one of float32"),
     (predict(adapter=LoRA(8), max_lora_rank=1000), ValueError, "max_lora_rank 1000 is above 512"),
     (predict(adapter=LoRA(targets=("wq",))), ValueError, "no linear layer wq", "q_proj"),
+    (predict(batch=0), ValueError, "batch is 0", "at least 1"),
+    (predict(length=-8), ValueError, "length is -8", "at least 1"),
     (predict("gone"), FileNotFoundError, "no model"),
     (predict("models/text"), ValueError, "models/text", "config.json"),
     (lambda house: memory.predict("no-such-model", batch=1, length=1), FileNotFoundError, "no model 'no-such-model'"),

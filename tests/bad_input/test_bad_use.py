@@ -105,6 +105,7 @@ ANNOTATED = {"one": [ROW], "two": [ROW]}
 
 @cases(
     (lambda h: evaluate.held_out("gone"), FileNotFoundError, "no split 'gone'", "there are id"),
+    (lambda h: evaluate.held_out(n=-1), ValueError, "n is -1", "at least 1"),
     (lambda h: h.accuracy([]), ValueError, "no problems to evaluate on"),
     (lambda h: h.accuracy(["How many?"]), TypeError, "'How many?' is a str, not a Problem"),
     (lambda h: h.accuracy(problems.load("id")[:1], max_new_tokens=-1), ValueError, "max_new_tokens is -1"),
@@ -124,6 +125,7 @@ ANNOTATED = {"one": [ROW], "two": [ROW]}
     (lambda h: h.kl(max_new_tokens=0), ValueError, "max_new_tokens is 0", "at least 1"),
     (lambda h: h.kl("prompts"), TypeError, "a list of conversations, not prompts"),
     (lambda h: judge.auc([], [1.0]), ValueError, "0 right and 1 wrong scores", "each needs one"),
+    (lambda h: judge.auc([math.nan], [1.0]), ValueError, "1 right and 1 wrong scores", "none may be NaN"),
     (lambda h: judge.best_of_n([[1.0, 2.0]], [[1.0, 2.0]], [3]), ValueError, "best of n=3", "2 samples"),
     (lambda h: judge.best_of_n([[1.0, 2.0]], [[1.0, 2.0]], [0]), ValueError, "best of n=0", "2 samples"),
     (lambda h: agreement.agreement({"one": [ROW]}), ValueError, "two annotations or more, not 1"),

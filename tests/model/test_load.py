@@ -386,6 +386,7 @@ def test_an_unsloth_that_does_not_import_is_reported(tmp_path):
     assert "a banner" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(backend() == "plain", reason="there is no Unsloth here")
 @pytest.mark.parametrize("early", ["", "transformers", "peft"])
 def test_what_comes_before_unsloth_is_pointed_out(early):

@@ -76,6 +76,7 @@ def test_a_failure_is_named_and_does_not_stop_the_rest(tmp_path, out, capsys):
     assert nbformat.read(good, as_version=4).cells[1].execution_count == 1
 
 
+@pytest.mark.slow
 def test_two_at_a_time(tmp_path, out, capsys):
     """Each waits for the other, so both are under way at once; a third fails, and stops neither."""
     meet = (

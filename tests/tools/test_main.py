@@ -65,6 +65,7 @@ def test_the_doctor_reads_a_run(capsys):
     assert "not a number: loss at step 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_data_writes_what_ships(tmp_path, monkeypatch):
     """The samples are those that ship, in another order; the reward model trains two steps on them."""
     rows = list(reversed(preferences.read(methods.RESPONSES)))

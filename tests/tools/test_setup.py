@@ -197,6 +197,7 @@ def test_a_command_sets_up_goes_on_and_the_next_time_does_not_set_up(project):
     assert ended.ru_utime - began.ru_utime < 1, "seconds of CPU time; other work does not count"
 
 
+@pytest.mark.slow
 def test_a_change_is_installed_in_place_and_what_pip_refuses_is_shown(project):
     assert rlnb(project, "setup")[0] == 0
     (project / ".venv" / "kept").touch()
@@ -247,6 +248,7 @@ def test_a_folder_of_other_files_is_left_alone(project):
     assert [path.name for path in (project / "mine").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_another_kind_starts_from_an_empty_environment_and_is_remembered(project):
     (project / "requirements-unsloth.txt").write_text("tiny==2.0\n")
     assert rlnb(project, "setup", "--kind", "plain", "--venv", "other")[0] == 0
