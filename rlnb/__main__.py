@@ -25,12 +25,13 @@ NBVAL = "pytest -p no:python --nbval-lax --nbval-current-env"
 STAGES = {
     "lint": ["ruff check rlnb tests data notebooks"],
     "unit": ["pytest -n 2 --dist loadfile -m 'not slow' tests"],
-    "notebooks": [f"{NBVAL} -n 2 --dist loadfile notebooks"],
+    "notebooks": [f"{NBVAL} -n 2 --dist loadfile --ignore-glob=*16_real_model.ipynb notebooks"],
     "slow": ["pytest -n 2 --dist loadfile -m slow tests"],
     "learning": ["rlnb run --out HTML", "pytest -s tests/learning"],
     "plain": ["rlnb setup --kind plain --venv .venv-plain", "PLAIN pytest -n 2 --dist loadfile -m 'not slow' tests",
               "PLAIN rlnb run --out HTML 02_sft 08_grpo"],
-    "real": [*(f"rlnb fetch {name}" for name in FETCHED), "pytest tests/real"],
+    "real": [*(f"rlnb fetch {name}" for name in FETCHED), "pytest tests/real",
+             f"{NBVAL} notebooks/16_real_model.ipynb notebooks/solutions/16_real_model.ipynb"],
     "browser": ["pip install -q -r requirements-browser.txt", "pytest tests/browser"],
 }  # fmt: skip
 MISTAKES = (ValueError, TypeError, OSError, ImportError)  # whose words suffice

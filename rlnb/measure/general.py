@@ -16,11 +16,6 @@ import torch
 DATA = Path(__file__).parents[2] / "data" / "general"
 
 
-def questions() -> list[dict[str, str]]:
-    """Rows of {prompt, wants}: a question, and a regular expression that a right answer holds."""
-    return [row for _, row in files.lines(DATA / "prompts.jsonl")]
-
-
 def answered(text: str, wants: str) -> bool:
     """Whether an answer in words holds what is wanted; JSON, which nobody has asked for, does not count."""
     return not text.lstrip().startswith(("{", "[")) and re.search(wants, text, re.IGNORECASE) is not None
@@ -28,7 +23,7 @@ def answered(text: str, wants: str) -> bool:
 
 def asked(model: Any, tokenizer: Any, n: int | None = None) -> tuple[Proportion, list[str]]:
     """How many of the questions, or of the first n, a model answers greedily, and what it says."""
-    rows = questions()[:n]
+    rows = files.rows(DATA / "prompts.jsonl", {"prompt": str, "wants": str})[:n]  # wants: a regular expression
     prompts = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     found = sampling.sample(model, tokenizer, prompts, temperature=0, max_new_tokens=48, progress=False)
     texts = [text for (text,) in found.texts]

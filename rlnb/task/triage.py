@@ -42,8 +42,7 @@ def load(split: str) -> list[dict[str, Any]]:
     """The rows of a split. Raises ValueError for a split that does not exist and for a row that is no row."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; the splits are {', '.join(SPLITS)}")
-    kinds = {"id": str, "customer": str, "prompt": str, "completion": str, "shown": bool}
-    return files.rows(DATA / f"{split}.jsonl", kinds)
+    return files.rows(DATA / f"{split}.jsonl", {"id": str, "prompt": str, "completion": str, "shown": bool})
 
 
 def prompt(row: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -32,7 +32,8 @@ ARMS = ("base", "SFT", "SFT 25 %", "SFT 10 %", "SFT 5 %", "DPO", "KTO", "ORPO", 
 LORA, ASSISTANT = LoRA(rank=16, alpha=32), {"role": "assistant"}
 COMMON = dict(lora=LORA, problems=(), resume=True)  # what the registry has is not trained again
 HELD_OUT, PAIRS = 200, 256  # messages
-# Rates by the rule of rlnb/train/preflight.py, but half of it for DPO and KTO: at 1e-4 DPO broke the JSON.
+# The settings of 16_real_model: a test holds them against its cells. DPO and KTO have half of what the rule of
+# rlnb/train/preflight.py gives: at 1e-4 DPO broke the JSON.
 SETTINGS: dict[str, dict[str, Any]] = {
     "sft": dict(learning_rate=1e-3, max_steps=300, per_device_train_batch_size=4),
     "dpo": dict(learning_rate=5e-5, max_steps=32, per_device_train_batch_size=8, beta=0.1),

@@ -9,6 +9,7 @@ import pytest
 from rlnb import profiles
 from rlnb.train import methods, recipes
 from rlnb.tools.setup import ROOT
+from tests.benchmarks import real
 
 # What a notebook's cell says on purpose in another way than the recipe.
 SHORTER = {"03_reward_model": {"max_steps"}, "04_rlhf_ppo": {"reward_weights"}}
@@ -42,6 +43,15 @@ def test_a_lesson_shows_the_settings_that_everything_else_uses(notebook, method)
     shown, used = in_notebook(notebook, f"{methods.METHODS[method].name}Config"), in_recipe(method)
     apart = SHORTER.get(notebook, set())
     assert {k: v for k, v in shown.items() if k not in apart} == {k: v for k, v in used.items() if k not in apart}
+
+
+@pytest.mark.parametrize("method", real.SETTINGS)
+def test_the_real_model_s_notebook_shows_the_settings_of_its_benchmark(method, monkeypatch):
+    monkeypatch.setenv("RLNB_PROFILE", "cpu")
+    code = in_notebook("16_real_model", f"{methods.METHODS[method].name}Config")
+    shown = {name: eval(value, {"by": profiles.by}) for name, value in code.items()}
+    assert shown == {name: (recipes.recipe(method) | real.SETTINGS[method])[name] for name in shown}
+    assert set(real.SETTINGS[method]) <= set(shown)
 
 
 @pytest.mark.parametrize("method", recipes.RECIPES)
