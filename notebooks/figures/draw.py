@@ -9,7 +9,7 @@ from pathlib import Path
 from picture import FIGURES, Picture, figure, text_width
 
 
-@figure(470, "Which method for which data")
+@figure(478, "Which method for which data")
 def methods(p: Picture) -> None:
     """Worked answers: SFT. Comparisons: DPO, ORPO, or a reward model and PPO. Thumbs: KTO. A checker: GRPO or RLOO."""
     for x, text in ((125, "What do you have?"), (390, "Method, notebook"), (645, "It starts from")):
@@ -40,7 +40,7 @@ def lora(p: Picture) -> None:
     for x, w, h, name, kind, above, below in (
         (38, 26, 170, "h", "plain", "d_{out}", ""),
         (115, 150, 170, "W", "frozen", "d_{out} × d_{in}", "frozen"),
-        (285, 26, 150, "x", "plain", "d_{in}", ""),
+        (291, 26, 150, "x", "plain", "d_{in}", ""),
         (411, 32, 170, "B", "trains", "d_{out} × r", "zero at first"),
         (494, 150, 32, "A", "trains", "r × d_{in}", "small and random at first"),
         (694, 26, 150, "x", "plain", "d_{in}", ""),
@@ -48,7 +48,7 @@ def lora(p: Picture) -> None:
         p.box(x, 130 - h / 2, w, h, name, kind)
         p.label(x + w / 2, 130 - h / 2 - 10, above)
         p.label(x + w / 2, 130 + h / 2 + 20, below, "faint")
-    for x, sign in ((89, "="), (275, "·"), (335, "+"), (377, "α / r"), (468, "·"), (669, "·")):
+    for x, sign in ((89, "="), (278, "·"), (339, "+"), (377, "α / r"), (468, "·"), (669, "·")):
         p.label(x, 135, sign, "strong")
     numbers = dict(trains="trains: r (d_{in} + d_{out}) numbers", frozen="frozen: d_{in} · d_{out} numbers")
     p.legend("The change B A has rank r. At the start B = 0, so h = W x: nothing has changed.", **numbers)
@@ -95,7 +95,7 @@ def reward_model(p: Picture) -> None:
     p.legend(note, trains="trains", frozen="frozen", data="data and rewards: each r is one number")
 
 
-@figure(452, "The loop of RLHF with PPO")
+@figure(458, "The loop of RLHF with PPO")
 def ppo_loop(p: Picture) -> None:
     """The policy writes. The reward model scores, the reference gives the KL penalty, the critic what is to come.
     Then advantages by GAE, a clipped update of policy and critic, and again. These two train, the others are frozen.
@@ -136,7 +136,7 @@ def dpo(p: Picture) -> None:
     p.legend("No sampling, no reward model. At the start policy = reference, and the loss is ln 2 = 0.6931.")
 
 
-@figure(344, "What a thumb is worth in KTO")
+@figure(354, "What a thumb is worth in KTO")
 def kto(p: Picture) -> None:
     """Against r - z, with r = beta log(pi / pi_ref): the value of a good answer rises as sigmoid(r - z), that of a bad
     one falls as sigmoid(z - r). The loss is 1 minus the value. Training moves good answers right and bad ones left.
@@ -177,7 +177,7 @@ def orpo(p: Picture) -> None:
     p.legend(note, trains="trains", data="data")
 
 
-@figure(428, "One prompt in a step of GRPO")
+@figure(436, "One prompt in a step of GRPO")
 def grpo(p: Picture) -> None:
     """A prompt, G answers, a reward for each from a checker. Less the group's mean, over its std, it is the advantage.
     It weighs every token of the answer. A group with equal rewards teaches nothing.
@@ -204,14 +204,14 @@ def grpo(p: Picture) -> None:
     p.legend(note, trains="trains", data="data and rewards")
 
 
-@figure(392, "What becomes of an adapter")
+@figure(398, "What becomes of an adapter")
 def ship(p: Picture) -> None:
     """Base and adapter are merged into a folder for vLLM, transformers or GGUF. Or they stay apart, side by side."""
     trained = p.box(20, 24, 150, 164)
     p.label(95, 49, "after training", "strong")
     p.box(34, 64, 122, 48, "base", "frozen")
     p.box(34, 124, 122, 48, "adapter", "trains")
-    merge = p.box(210, 64, 140, 84, "merge\nW + s B A,\nchecked before\nit is saved")
+    merge = p.box(210, 58, 140, 96, "merge\nW + s B A,\nchecked before\nit is saved")
     folder = p.box(390, 64, 140, 84, "merged folder\n16-bit weights,\ntokenizer, card")
     p.arrows(trained, merge, folder)
     why = "no merge; one base in memory,\nmany adapters, switched\nfrom request to request"
@@ -221,32 +221,32 @@ def ship(p: Picture) -> None:
         (folder, 20, "vLLM\nvllm serve FOLDER"),
         (folder, 81, "transformers\ntransformers serve"),
         (folder, 142, "GGUF\nllama.cpp, ollama"),
-        (beside, 216, "vLLM\n--enable-lora"),
-        (beside, 274, "PEFT\nPeftModel"),
+        (beside, 212, "vLLM\n--enable-lora"),
+        (beside, 278, "PEFT\nPeftModel"),
     ):
         p.arrows(start, p.box(570, y, 170, 50, text))
     note = "s = α / r. The check compares weights bit for bit, and logits."
     p.legend(note, trains="trained", frozen="as it was")
 
 
-@figure(470, "The order of checks before money is spent")
+@figure(480, "The order of checks before money is spent")
 def your_own(p: Picture) -> None:
-    """The reward by hand, the base's pass@1 and pass@k, the preflight, a small run, the held-out measure."""
+    """The reward by hand, the base's greedy answers and pass@8, the preflight, a small run, the held-out measure."""
     for x, text in ((130, "Check"), (395, "What to look at"), (645, "If it fails")):
         p.label(x, 32, text, "strong")
     rows = (
         ("the reward, by hand", "a right answer, a nearly right one,\nnonsense: is each number meant?"),
-        ("the base", "pass@1 (greedy), pass@k (samples):\nright sometimes, and not always?"),
+        ("the base", "greedy answers, and pass@8:\nright sometimes, not always?"),
         ("preflight", "fit looks at rows, rate, memory\nand end token before it trains"),
         ("a small run", "a small model, a few steps: does\nthe reward vary, do answers end?"),
         ("the held-out measure", "not the reward, not the training\nprompts; with its interval"),
     )
     failed = (
-        "mend it\nits mistakes are learnt",
+        "\nmend it: its mistakes\nare what is learnt",
         "\nnever right: SFT first\nalways: nothing to learn",
-        "change what it names",
+        "\nchange what it names",
         "\nother prompts,\nlonger answers",
-        "no long run",
+        "\nno long run",
     )
     steps = []
     for i, (check, look) in enumerate(rows):
@@ -264,18 +264,18 @@ def real_model(p: Picture) -> None:
     the reply's tone. Below: what SFT, DPO, ORPO, the reward model, KTO and GRPO learn from.
     """
     message = p.box(20, 36, 180, 80, "message and policy\nthe policy says what\nis urgent today", "data")
-    model = p.box(240, 36, 150, 80, "SmolLM2-135M\nand a LoRA\nadapter", "trains")
+    model = p.box(235, 36, 150, 80, "SmolLM2-135M\nand a LoRA\nadapter", "trains")
     p.arrows(message, model)
-    judges = p.box(600, 12, 148, 128)
+    judges = p.box(586, 10, 154, 132)
     for y, part, judge in (
         (22, "\nintent, order,\nurgency, product", "checker\nright or wrong"),
         (82, "reply", "tone\nmarks, 0 to 1"),
     ):
-        p.arrows(model, p.box(430, y, 130, 48, part), p.box(608, y, 132, 48, judge, "data"))
+        p.arrows(model, p.box(420, y, 130, 48, part), p.box(600, y, 126, 48, judge, "data"))
     p.label(20, 174, "What each method learns from", "strong", "start")
     signals = (
         ("answers\nas the agents\nwrote them", "SFT"),
-        ("pairs\nrejected: worse reply\nor one wrong field", "\nDPO, ORPO,\nreward model"),
+        ("pairs\nrejected: worse reply\nor one wrong field", "DPO, ORPO\nand the reward model"),
         ("labels\nthe same answers,\neach good or bad", "KTO"),
         ("rewards\nfields + tone / 4, for\nfour own answers", "GRPO"),
     )

@@ -67,9 +67,7 @@ class Picture:
             where = f'x="{x:g}" y="{y + LINE * i:g}" text-anchor="{anchor}"'
             self.parts.append(f'<text class="{kind}" {where}>{line}</text>')
 
-    def box(
-        self, x: float, y: float, w: float, h: float, text: str = "", kind: str = "plain"
-    ) -> Box:
+    def box(self, x: float, y: float, w: float, h: float, text: str = "", kind: str = "plain") -> Box:
         size = f'x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="6"'
         self.parts.append(f'<g><rect class="{kind}" {size}/>')
         lines = text.strip("\n").split("\n")
@@ -112,10 +110,10 @@ class Picture:
             x += int(text_width(text)) + 48
 
     def svg(self, draw: Callable[["Picture"], None], title: str) -> str:
-        size = f'width="{WIDTH}" height="{self.height}"'
+        size, view = f'width="{WIDTH}" height="{self.height}"', f"0 0 {WIDTH} {self.height}"
         draw(self)
         drawn = "\n".join(self.parts)
-        return f"""<svg xmlns="http://www.w3.org/2000/svg" class="rlnb" {size} viewBox="0 0 {WIDTH} {self.height}">
+        return f"""<svg xmlns="http://www.w3.org/2000/svg" class="rlnb" role="img" {size} viewBox="{view}">
 <title>{escape(title)}</title>
 <desc>{escape(" ".join(draw.__doc__.split()))}</desc>
 {STYLE}
