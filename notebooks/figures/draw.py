@@ -283,7 +283,7 @@ def real_model(p: Picture) -> None:
         signal = p.box(20 + 184.5 * i, 190, 166.5, 72, text, "data")
         p.arrows(signal, p.box(signal.x, 296, 166.5, 48, method, "trains"))
     p.arrows(judges, signal)
-    note = "The same two programs measure every model, on messages of customers that it has not seen."
+    note = "The model writes one JSON object. The same two programs measure it, on customers it has not seen."
     p.legend(note, trains="trains", data="data and rewards")
 
 
