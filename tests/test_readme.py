@@ -13,7 +13,7 @@ from rlnb.model import decode_cpu, lora, memory
 from rlnb.tools import compare, experiments
 from rlnb.tools.setup import ROOT
 from rlnb.train import methods, preflight, recipes
-from tests.benchmarks import judge, ppo_trl, rlhf
+from tests.benchmarks import judge, ppo_trl, real, rlhf
 
 import pandas as pd
 import torch
@@ -35,6 +35,10 @@ def test_the_other_tables_follow_too(table):
     assert {row["seed"] for row in rows} == {0, 1, 2}
     for part in table.tables(rows).split("\n\n"):
         assert part in README
+
+
+def test_the_table_of_the_real_model_follows():
+    assert real.table(experiments.read(real.OUT)) in README
 
 
 def test_the_cost_of_ppo_is_that_of_its_rows():

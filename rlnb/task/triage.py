@@ -133,11 +133,6 @@ def tone(reply: str, row: Mapping[str, Any]) -> float:
     return sum(marks) / len(marks)
 
 
-def schema(completions: Sequence[Completion], **columns: Any) -> list[float]:
-    """Reward: 1.0 for one JSON object of the schema, be its values right or wrong."""
-    return [float(parse(text_of(completion))[0] is not None) for completion in completions]
-
-
 def fields(completions: Sequence[Completion], **columns: Any) -> list[float]:
     """Reward: ``score``. Reads the columns intent, order, urgency and product."""
     return [score(text_of(done), row) for done, row in zip(completions, _rows(columns), strict=True)]

@@ -129,9 +129,13 @@ def _settings(t: _Checked) -> None:
         t.wrong.append(f"max_steps is {t.args.max_steps}: give 1 or more, or -1 and num_train_epochs above 0")
     if bad := next((n for n, p in t.model.named_parameters() if not p.isfinite().all()), None):
         t.wrong.append(f"the weight {bad} holds NaN or infinity: what it was loaded from is broken")
+    end = tokenizer.eos_token
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        end = tokenizer.eos_token
         t.odd.append(f"{end} ends and pads: where padding is masked, no end is learnt. Pad with another")
+    answers = t.rows[:64]["labels"] if "labels" in t.columns else []
+    whole = [answer for answer in answers if not t.limit or len(answer) < t.limit]
+    if whole and not any(tokenizer.eos_token_id in answer for answer in whole):
+        t.odd.append(f"no answer holds {end}, so no end is learnt: put it after each one")
     if t.args.bf16 and t.model.device.type == "cpu" and machine.cpu_bf16() == set():
         t.odd.append("this CPU has no instructions for bf16: set bf16=False, which is faster here")
     usual = BASE * (WIDTH / t.model.config.get_text_config().hidden_size) ** EXPONENT

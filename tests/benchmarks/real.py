@@ -7,18 +7,20 @@
 Writes one row per arm and seed to data/results/real.csv. `right` has a digit for each held-out message: how many
 of its four fields are right; `tone` likewise, how many of the five marks its reply gets. Every run has a process
 and a core of its own, and its seconds are those of training alone. SFT sees a share of the training messages, in
-the same number of steps. DPO, KTO, GRPO start from the SFT run of all messages with the same seed.
+the same number of steps. DPO, KTO, GRPO start from the SFT run of all messages with the same seed, ORPO from the base.
 """
 
 import argparse
 import os
 import random
+from statistics import fmean
 from typing import Any
 
 from datasets import Dataset
 
 from rlnb.data import preferences
 from rlnb.measure import general
+from rlnb.measure.intervals import over_both
 from rlnb.measure.judge import judge_pairs
 from rlnb.model import LoRA, load_model, reward_model, sampling
 from rlnb.record import runs
@@ -118,6 +120,28 @@ def measure(arm: str, seed: int) -> list[dict[str, Any]]:
     return [row | {"perplexity": round(general.perplexity(model, tokenizer), 2)}]
 
 
+def digits(rows: experiments.Rows, arm: str, column: str, top: int) -> list[list[float]]:
+    """By seed: the share of each message's fields or marks."""
+    mine = sorted((row for row in rows if row["method"] == arm), key=lambda row: row["seed"])
+    return [[int(digit) / top for digit in row[column][1:]] for row in mine]
+
+
+def table(rows: experiments.Rows) -> str:
+    """What README shows of the rows."""
+    lines = ["| | seeds | fields | tone | questions | perplexity | training | memory |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for arm in ARMS[:-1]:
+        if mine := [row for row in rows if row["method"] == arm]:
+            fields, tone = (over_both(digits(rows, arm, *column)) for column in (("right", 4), ("tone", 5)))
+            asked, perplexity = (fmean(row[name] for row in mine) for name in ("asked", "perplexity"))
+            cost = "0 s | " if arm == "base" else (
+                f"{fmean(row['seconds'] for row in mine):.0f} s | {max(row['peak_memory_mb'] for row in mine):,.0f} MB"
+            )  # fmt: skip
+            lines.append(f"| {arm} | {len(mine)} | {fields} | {tone} | {asked:.0f} of {mine[0]['questions']:.0f} "
+                         f"| {perplexity:.0f} | {cost} |")  # fmt: skip
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
@@ -127,4 +151,4 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     os.environ |= {"RLNB_PROFILE": "cpu", "RLNB_MODEL": "smollm2-135m"}  # of every process that is started
     options = {"resume": arguments.resume, "jobs": arguments.jobs, "first": "SFT"}
-    experiments.run_grid(measure, arguments.only, arguments.seeds, OUT, **options)
+    print(table(experiments.run_grid(measure, arguments.only, arguments.seeds, OUT, **options)))

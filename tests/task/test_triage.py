@@ -221,7 +221,6 @@ def test_no_other_text_parses(name):
     found, why = T.parse(BAD[name])
     assert found is None and 0 < len(why) < 200
     assert T.score(BAD[name], GOOD) == 0.0
-    assert T.schema([BAD[name]]) == [0.0]
 
 
 def test_random_damage_never_raises():
@@ -255,7 +254,7 @@ def test_rewards_take_what_trainers_give():
     rows = ROWS["train"][:4]
     columns = {name: [row[name] for row in rows] for name in (*T.FIELDS, "shown")}
     said = [[{"role": "assistant", "content": row["completion"]}] for row in rows[:3]] + ["no"]
-    for reward in (T.schema, T.fields, T.tone_reward):
+    for reward in (T.fields, T.tone_reward):
         values = reward(prompts=[None] * 4, completions=said, completion_ids=[], trainer_state=None, **columns)
         assert values == [1, 1, 1, 0]
     with pytest.raises(ValueError, match="lacks the columns product"):

@@ -38,6 +38,8 @@ def pairs(n=16, long=1):
 
 
 def shaped(kind, data, apart=True):
+    if kind == "sft" and "input_ids" in data.column_names:
+        return data
     if kind == "sft":
         return data.remove_columns("rejected").rename_column("chosen", "completion")
     if kind == "kto" and "label" not in data.column_names and apart:
@@ -121,6 +123,19 @@ def test_a_merged_adapter_is_refused(make):
     trainer = make("sft")
     trainer.model.merge_adapter()
     assert "unmerge_adapter" in refused(trainer)
+
+
+def test_answers_that_do_not_end_are_advised_against(make):
+    def trainer():
+        return make("sft", Dataset.from_list(rows), completion_only_loss=True)
+
+    rows = [{"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]} for _ in range(16)]
+    rows[3]["input_ids"][1] = end = make("sft").processing_class.eos_token_id  # it ends a turn before the answer
+    assert "no answer holds <|end|>, so no end is learnt" in warned(trainer())
+    rows[3]["input_ids"][3] = end
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preflight.check(trainer())
 
 
 def test_one_token_for_padding_and_end_is_advised_against(make):
