@@ -84,7 +84,7 @@ def sources() -> dict[str, str]:
 def test_what_is_imported_is_declared():
     files = [*ALL, "requirements-browser.txt"]
     declared = {name.lower().replace("_", "-") for file in files for name in requirements(file)}
-    own = {"rlnb", "tests", "data", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    own = {"rlnb", "tests", "data", *(path.stem for d in ("tests", "notebooks") for path in (ROOT / d).rglob("*.py"))}
     distributions = packages_distributions()
     undeclared = set()
     for place, code in sources().items():
