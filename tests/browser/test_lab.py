@@ -5,139 +5,38 @@ python -m rlnb test browser
 The tests go through one session in the order of this file. Pictures of each stop are in html/browser.
 """
 
-import os
 import re
-import secrets
-import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from contextlib import closing
-from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import expect
 
-ROOT = Path(__file__).resolve().parents[2]
-SHOTS = ROOT / "html" / "browser"
-NOTEBOOK = "02_sft"
+from tests.browser.lab import (
+    ROOT, SLOW, button, chromium, fill, jupyterlab, menu, run_all, shot, slider, status, table_rows,
+)  # fmt: skip
+
 CELLS = (  # behind the notebook's own, the last of which is its panel
     "from rlnb.train import responses\nrows = responses(SEED)",
     'from rlnb.show.labelling import label\nlabel(rows, annotator="anna", path="labels")',
     "6 * 7",
 )
-SLOW = 240_000  # milliseconds for a notebook to run on two busy cores
-QUICK = 30_000  # for what a reader waits for
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """A JupyterLab of its own, with a copy of a notebook and some cells behind it."""
-    home = tmp_path_factory.mktemp("lab")
-    notebook = nbformat.read(ROOT / "notebooks" / f"{NOTEBOOK}.ipynb", as_version=4)
+def page(tmp_path_factory):
+    """A copy of a notebook with some cells behind it."""
+    notebook = nbformat.read(ROOT / "notebooks" / "02_sft.ipynb", as_version=4)
     notebook.cells += [nbformat.v4.new_code_cell(cell) for cell in CELLS]
-    nbformat.write(notebook, home / f"{NOTEBOOK}.ipynb")
-    quiet = home / "s" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    quiet.parent.mkdir(parents=True)
-    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # else it asks, in the picture
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    token = secrets.token_hex(16)
-    options = {
-        "ServerApp.port": port, "ServerApp.root_dir": home, "ServerApp.ip": "127.0.0.1",
-        "IdentityProvider.token": token, "ServerApp.open_browser": False,
-        "ServerApp.allow_root": True, "LabApp.user_settings_dir": home / "s", "LabApp.workspaces_dir": home / "w",
-        "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "jupyterlab", *(f"--{k}={v}" for k, v in options.items())]
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "RLNB_RUNS": str(home / "runs"),
-        "RLNB_PROFILE": "smoke", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    environment.pop("MPLBACKEND", None)  # of conftest.py, and no reader's: figures would be text
-    with (home / "lab.log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", server, home / "lab.log")
-        yield f"http://127.0.0.1:{port}/lab/tree/{NOTEBOOK}.ipynb?token={token}"
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
-    for _ in range(600):
-        if server.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(url).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    raise RuntimeError(f"JupyterLab did not start: {log.read_text()[-3000:]}")
-
-
-@pytest.fixture(scope="module")
-def page(address):
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    assert browser, "no Chromium on this machine: apt-get install chromium"
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        page = chromium.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(QUICK)
-        page.goto(address)
+    with jupyterlab(tmp_path_factory.mktemp("lab"), notebook) as address, chromium(address, "at_the_end") as page:
         yield page
-        shot(page, "at_the_end")
-        chromium.close()
-
-
-def shot(page: Page, name: str) -> None:
-    page.screenshot(path=SHOTS / f"{name}.png")
-
-
-def menu(page: Page, *names: str) -> None:
-    page.locator(".lm-MenuBar-itemLabel", has_text=re.compile(f"^{names[0]}$")).click()
-    for name in names[1:]:
-        item = page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{name}$")).last
-        item.hover()
-        last = item
-    last.click()
-
-
-def slider(page: Page, name: str):
-    """A slider's handle, and what stands beside it."""
-    row = page.locator(".widget-hslider", has=page.locator(f"text=/^{name}$/"))
-    return row.locator(".noUi-handle"), row.locator(".widget-readout")
-
-
-def button(page: Page, name: str):
-    return page.locator("button.jupyter-button", has_text=re.compile(f"^{name}$"))
-
-
-def status(page: Page, text: str | re.Pattern, timeout: int = QUICK) -> None:
-    expect(page.locator(".jp-OutputArea").filter(has_text=text).last).to_be_visible(timeout=timeout)
-
-
-def table_rows(page: Page) -> int:
-    return page.locator(".rlnb-runs tr").count() - 1  # one is the head
 
 
 # --- the session ---------------------------------------------------------------------------------
 
 
 def test_a_notebook_runs_from_top_to_bottom(page):
-    page.locator(".jp-Notebook").wait_for(timeout=SLOW)
-    page.locator("text=/Python 3 .*Idle/").first.wait_for(timeout=SLOW)
-    menu(page, "Run", "Run All Cells")
-    page.locator(".jp-MarkdownCell").first.click()
-    last = page.locator(".jp-CodeCell").last
-    expect(last.locator(".jp-OutputArea-output")).to_have_text("42", timeout=SLOW)
-    assert page.locator('[data-mime-type="application/vnd.jupyter.stderr"]').count() == 0
+    run_all(page)
     shot(page, "1_all_cells_ran")
 
 
@@ -251,10 +150,3 @@ def test_it_reads_in_the_dark(page):
     page.locator(".rlnb-runs").scroll_into_view_if_needed()
     time.sleep(1)
     shot(page, "11_dark")
-
-
-def fill(page: Page, name: str, value: str) -> None:
-    """Types a number into a field."""
-    field = page.locator(".widget-text", has=page.locator(f"text=/^{name}$/")).locator("input")
-    field.fill(value)
-    field.press("Enter")
