@@ -191,11 +191,11 @@ def responses(seed: int = 0, held_out: bool = False) -> list[preferences.Row]:
     """What the annotators compare: responses of the SFT model, so that pairs are on-policy.
 
     held_out: those to validation problems, on which reward models are judged, and not those to
-    training problems. The practice model's ship (data/preferences); another model's are sampled
-    once and kept with its SFT run.
+    training problems. The practice model's ship (data/preferences), and serve all in the smoke profile, where
+    nothing is right after two steps; another model's are sampled once and kept with its SFT run.
     """
     file = RESPONSES
-    if model_name() != PRACTICE:
+    if model_name() != PRACTICE and profile() != "smoke":
         file = find_or_train_sft(seed).folder / "responses.jsonl"
         if not file.is_file():
             preferences.write(sample_responses(seed), file)
