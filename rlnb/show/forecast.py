@@ -11,11 +11,12 @@ from rlnb.model.lora import skeleton, smallest_width, target_layers
 from rlnb.profiles import PRACTICE, has_cuda, model_name, profile
 from rlnb.record import runs
 from rlnb.task import problems
+from rlnb.train.loop import LARGE
 
 from transformers import AutoConfig, AutoTokenizer
 
 SIDES = {"dpo": 2, "orpo": 2, "reward_model": 2}  # sequences per row of a batch
-HELD = 2  # bytes that a process on a CPU holds for one in use: measured
+HELD = 2  # bytes that a process on a CPU holds for one in use: measured; of a LARGE model one
 
 
 def earlier_run(method: str) -> runs.Run | None:
@@ -46,7 +47,7 @@ def training(method: str, model: str, rank: int, rows: int, new: int | None) -> 
         checkpointing=has_cuda() and model != PRACTICE,
     )  # fmt: skip
     logits = 0 if method == "orpo" else found.logits  # the others' losses never hold all of them
-    return found.trainable, (found.peak - logits) * (1 if has_cuda() else HELD)
+    return found.trainable, (found.peak - logits) * (1 if has_cuda() or found.parameters > LARGE else HELD)
 
 
 @functools.cache
