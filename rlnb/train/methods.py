@@ -191,15 +191,15 @@ def responses(seed: int = 0, held_out: bool = False) -> list[preferences.Row]:
     """What the annotators compare: responses of the SFT model, so that pairs are on-policy.
 
     held_out: those to validation problems, on which reward models are judged, and not those to
-    training problems. The practice model's ship (data/preferences), and serve all in the smoke profile, where
-    nothing is right after two steps; another model's are sampled once and kept with its SFT run.
+    training problems. The practice model's ship (data/preferences); another model's are sampled once and kept with
+    its SFT run. In the smoke profile, where nothing is right after two steps, it gets some of those that ship.
     """
-    file = RESPONSES
+    file, some = RESPONSES, by(cpu=None, smoke=None if model_name() == PRACTICE else 24)
     if model_name() != PRACTICE and profile() != "smoke":
         file = find_or_train_sft(seed).folder / "responses.jsonl"
         if not file.is_file():
             preferences.write(sample_responses(seed), file)
-    return [row for row in preferences.read(file) if row["id"].startswith("validation") == held_out]
+    return [row for row in preferences.read(file) if row["id"].startswith("validation") == held_out][:some]
 
 
 def sample_responses(seed: int = 0, n: int = 6) -> list[preferences.Row]:
