@@ -94,13 +94,13 @@ def _train(trainer: Trainer, run: runs.Run, checkpoint: Path | None) -> None:
     trainer.args.output_dir, trainer.args.save_total_limit = str(run.folder), trainer.args.save_total_limit or 1
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     large = trainer.model.device.type == "cpu" and trainer.model.num_parameters() > LARGE
-    recorder = Recorder(run, TRIM_LARGE if large else TRIM)
-    trainer.add_callback(recorder)
+    trainer.add_callback(recorder := Recorder(run, TRIM_LARGE if large else TRIM))
     if checkpoint and hasattr(trainer.model, "peft_config"):
         # transformers 5.17 reads the adapters in folders below a checkpoint, such as DPO's "ref", and then leaves
         # out the policy's own, which lies in the checkpoint itself.
         load_weights(trainer.model, checkpoint, "default", trainable=True)
-    low = trainer.args.bf16 or trainer.args.fp16  # then autocast casts what LoRA reads, and PEFT need not
+    # Autocast casts what LoRA reads, and PEFT need not. A base in 16 bits is also sampled from without autocast.
+    low = (trainer.args.bf16 or trainer.args.fp16) and trainer.model.dtype == torch.float32
     memory = machine.hold() if large else nullcontext()
     with run.timer("train"), _ended_by_signals(), memory, disable_input_dtype_casting(trainer.model, low):
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))

@@ -11,12 +11,12 @@ import torch
 from rlnb.model import LoRA, load_model
 from rlnb.record import progress, runs
 from rlnb.task.rewards import RewardError
-from rlnb.train import fit, loop, train
+from rlnb.train import common, fit, loop, train
 from rlnb.train.loop import ALL_CUT, Recorder, fingerprint, settings
 
 from datasets import Dataset
 from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 ROWS = Dataset.from_list([{"prompt": "1 + 1", "completion": " = 2"}] * 4)
 
@@ -163,3 +163,15 @@ def test_a_completion_that_no_reward_judges_stops_the_training(method, base, mon
     with pytest.raises(RewardError, match=r"no reward judged the completion .*each returned None"):
         train(method, start="base", reward=[half, other], problems=())
     assert runs.find()[0].status == "failed"
+
+
+def test_what_samples_without_autocast_reads_a_base_in_16_bits(base, monkeypatch):
+    """TRL's own generation, which RLOO uses: the adapter is in float32 there, and its base is not."""
+    monkeypatch.setenv("RLNB_PROFILE", "smoke")
+    model, tokenizer = load_model(base, LoRA(rank=2), dtype="bfloat16")
+    args = RLOOConfig(**common(RLOOConfig, 0), max_steps=1, per_device_train_batch_size=4, num_generations=2,
+                      max_completion_length=4)  # fmt: skip
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": "1 + 1"}]}] * 4)
+    trainer = RLOOTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer,
+                          reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))])  # fmt: skip
+    assert fit("rloo", trainer, data, problems=()).status == "done"
