@@ -172,6 +172,10 @@ def test_what_samples_without_autocast_reads_a_base_in_16_bits(base, monkeypatch
     args = RLOOConfig(**common(RLOOConfig, 0), max_steps=1, per_device_train_batch_size=4, num_generations=2,
                       max_completion_length=4)  # fmt: skip
     data = Dataset.from_list([{"prompt": [{"role": "user", "content": "1 + 1"}]}] * 4)
-    trainer = RLOOTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer,
-                          reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))])  # fmt: skip
+
+    def every_second(completions, **_):
+        return [float(i % 2) for i in range(len(completions))]
+
+    own = {"args": args, "train_dataset": data, "processing_class": tokenizer, "reward_funcs": every_second}
+    trainer = RLOOTrainer(model=model, **own)
     assert fit("rloo", trainer, data, problems=()).status == "done"
