@@ -66,14 +66,14 @@ def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
 
 
 @contextmanager
-def chromium(address: str, last: str) -> Iterator[Page]:
-    """A page at an address; its last look is kept under a name."""
+def chromium(address: str, last: str, **context) -> Iterator[Page]:
+    """A page at an address; its last look is kept under a name. context: of Playwright's new_page."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     assert browser, "no Chromium on this machine: apt-get install chromium"
     SHOTS.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+        page = chromium.new_page(**{"viewport": {"width": 1400, "height": 1000}} | context)
         page.set_default_timeout(QUICK)
         page.goto(address)
         yield page
