@@ -23,7 +23,7 @@ FETCHED = ("smollm2-135m",)  # of rlnb.profiles
 NBVAL = "pytest -p no:python --nbval-lax --nbval-current-env"
 # What `test` runs, python -m before each; PLAIN is the Python of the other environment, HTML a folder.
 STAGES = {
-    "lint": ["ruff check rlnb tests data notebooks"],
+    "lint": ["ruff check ."],
     "unit": ["pytest -n 2 --dist loadfile -m 'not slow' tests"],
     "notebooks": [f"{NBVAL} -n 2 --dist loadfile --ignore-glob=*16_real_model.ipynb notebooks"],
     "slow": ["pytest -n 2 --dist loadfile -m slow tests"],

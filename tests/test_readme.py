@@ -129,6 +129,15 @@ def test_accuracy_at_a_kl_lies_on_the_line_between_two_points():
         rlhf.at_kl(run, 1.5)
 
 
+def test_what_is_said_of_adding_names_files_and_names_that_are_there():
+    told = README[README.index("## Adding to it") :].split("\n## ")[0]
+    paths = re.findall(r"`((?:notebooks|rlnb|data|tests)/[\w./]*)`", told)
+    assert len(paths) > 15 and [path for path in paths if not (ROOT / path).exists()] == []
+    names = {name for name in re.findall(r"`([A-Z]{3,})` of|, `([A-Z]{3,})`", told) for name in name if name}
+    code = "".join(path.read_text(encoding="utf-8") for path in map(ROOT.joinpath, paths) if path.suffix == ".py")
+    assert names and [name for name in names if not re.search(rf"^{name}\b", code, re.MULTILINE)] == []
+
+
 def test_the_commands_are_there():
     commands = re.findall(r"python -m rlnb ([^`\n#]+)", README)
     assert len(commands) > 5
