@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import nbformat
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,6 +95,18 @@ def run_all(page: Page, timeout: int = SLOW) -> None:
 
 def shot(page: Page, name: str) -> None:
     page.screenshot(path=SHOTS / f"{name}.png")
+
+
+def serious(page: Page, *parts: str) -> list:
+    """What axe calls serious or critical on a page, or in parts of it, which are CSS selectors.
+
+    Not looked at: the handles of ipywidgets' sliders, which have no name of their own, though one stands beside them.
+    """
+    context = {"exclude": [[".noUi-handle"]]} | ({"include": [[part] for part in parts]} if parts else {})
+    # Without preload: axe would fetch the style sheets, and a browser forbids a plain file to fetch.
+    found = Axe().run(page, context=context, options={"resultTypes": ["violations"], "preload": False})
+    grave = [v for v in found.response["violations"] if v["impact"] in ("serious", "critical")]
+    return [(violation["id"], [node["html"] for node in violation["nodes"]]) for violation in grave]
 
 
 def menu(page: Page, *names: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.browser.lab import (
-    ROOT, SLOW, button, chromium, fill, jupyterlab, menu, run_all, shot, slider, status, table_rows,
+    ROOT, SLOW, button, chromium, fill, jupyterlab, menu, run_all, serious, shot, slider, status, table_rows,
 )  # fmt: skip
 
 CELLS = (  # behind the notebook's own, the last of which is its panel
@@ -141,6 +141,7 @@ def test_three_pairs_are_labelled_by_click_and_by_key(page):
         page.keyboard.type(letter)
         status(page, f"{number} of")
         expect(keys).to_have_value("")
+    assert serious(page, ".jupyter-widgets") == []
     shot(page, "10_labelled")
 
 
@@ -149,4 +150,5 @@ def test_it_reads_in_the_dark(page):
     page.locator("body[data-jp-theme-light=false]").wait_for(state="attached")
     page.locator(".rlnb-runs").scroll_into_view_if_needed()
     time.sleep(1)
+    assert serious(page, ".jupyter-widgets") == []
     shot(page, "11_dark")

@@ -15,11 +15,10 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from bs4 import BeautifulSoup
 from playwright.sync_api import Page, expect
 
-from tests.browser.lab import ROOT, SHOTS, chromium, shot
+from tests.browser.lab import ROOT, SHOTS, chromium, serious, shot
 
 SITE = ROOT / "html" / "site"
 LESSON = "notebooks/05_dpo.html"
@@ -45,13 +44,6 @@ def reader(scheme: str, view: str) -> Iterator[Page]:
         page.on("pageerror", lambda error: trouble.append(str(error)))
         yield page
     assert trouble == []
-
-
-def serious(page: Page) -> list:
-    """What axe calls serious or critical on a page."""
-    # Without preload: axe would fetch the style sheets, and a browser forbids a plain file to fetch.
-    found = Axe().run(page, options={"resultTypes": ["violations"], "preload": False}).response["violations"]
-    return [(v["id"], [n["html"] for n in v["nodes"]]) for v in found if v["impact"] in ("serious", "critical")]
 
 
 def fits(page: Page) -> bool:
