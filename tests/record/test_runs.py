@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,8 +74,8 @@ def test_a_run_is_recorded_whole(registry, monkeypatch):
     assert saved["notebook"] == "08_grpo" and saved["profile"] == "smoke"
     assert saved["seed"] == 3 and saved["labels"] == 64 and saved["result"] == {"strict": 0.5}
     assert saved["config"] == {"learning_rate": 1e-3, "lora": {"rank": 8, "path": "data/x"}}
-    bare = torch.__version__.split("+")[0]  # the wheel of PyPI calls itself 2.13.0, and its torch 2.13.0+cu130
-    assert saved["versions"]["torch"].split("+")[0] == bare and "trl" in saved["versions"]
+    wheel = metadata.version("torch")  # as pip names it: with CUDA torch calls itself 2.13.0+cu130, its wheel 2.13.0
+    assert saved["versions"]["torch"] == wheel and "trl" in saved["versions"]
     assert saved["versions"]["rlnb"] == rlnb.__version__
     assert saved["machine"]["cpus"] == os.cpu_count()
     assert 0 <= saved["timers"]["train"] <= saved["seconds"] < 60
